@@ -1,0 +1,48 @@
+"""Errors of the precision runtime, and the one way in which they are worded.
+
+Each message answers: what failed, where, what was given, what is allowed, what to do. This file imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class PrecisionError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class UnknownNameError(PrecisionError, ValueError):
+    """One or more names (modes, accelerators, lanes, …) are not known; lists every bad one at once."""
+
+
+class UnsupportedError(PrecisionError, RuntimeError):
+    """This machine cannot run the mode on the accelerator; the message has the reason and what to install."""
+
+
+class ConfigurationError(PrecisionError, ValueError):
+    """A combination of arguments that contradict each other."""
+
+
+class AuditError(PrecisionError, RuntimeError):
+    """The audit could not be carried out (the reference itself fails, for instance); never a verdict."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the known name nearest to ``name``, or an empty string."""
+    near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def unknown_names(what: str, bad: Sequence[object], known: Sequence[str], where: str = "") -> UnknownNameError:
+    """Build the error for every unknown name at once.
+
+    ``what`` is the noun ("precision mode"), ``where`` the place that they were given in (an option, an argument).
+    """
+    place = f" in {where}" if where else ""
+    lines = [
+        f"{what} {name!r}{place} is unknown.{did_you_mean(name, known) if isinstance(name, str) else ''}"
+        for name in bad
+    ]
+    return UnknownNameError("\n".join([*lines, f"Known {what}s: {', '.join(known)}"]))

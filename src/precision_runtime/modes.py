@@ -1,0 +1,154 @@
+"""Precision modes as values, and the only parser of their names. Imports no torch.
+
+A mode is a frozen record of dtypes; nobody below the parser compares mode strings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from precision_runtime.errors import unknown_names
+from precision_runtime.formats import FORMATS, Format
+
+Family = Literal["full", "true", "mixed"]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One precision mode.
+
+    ``params`` is the dtype name that parameters, buffers and inputs are kept in, ``compute`` the dtype of the bulk of
+    the arithmetic, ``autocast`` says whether torch's autocast chooses op by op, ``scaled`` whether the loss is scaled.
+    """
+
+    name: str
+    family: Family
+    params: str
+    compute: str
+    autocast: bool = False
+    scaled: bool = False
+
+    @property
+    def format(self) -> Format:
+        """The format of the mode's arithmetic."""
+        return FORMATS[self.compute]
+
+    @property
+    def low(self) -> bool:
+        """Whether the arithmetic has 16 bits or fewer."""
+        return self.format.precision < FORMATS["float32"].precision
+
+    def __str__(self) -> str:
+        return self.name
+
+
+MODES = MappingProxyType(
+    {
+        m.name: m
+        for m in (
+            Mode("32-true", "full", "float32", "float32"),
+            Mode("64-true", "full", "float64", "float64"),
+            Mode("16-true", "true", "float16", "float16"),
+            Mode("bf16-true", "true", "bfloat16", "bfloat16"),
+            Mode("16-mixed", "mixed", "float32", "float16", autocast=True, scaled=True),
+            Mode("bf16-mixed", "mixed", "float32", "bfloat16", autocast=True),
+        )
+    }
+)
+
+# What each legacy spelling has always meant (Lightning, Fabric, the old Trainer).
+ALIASES = MappingProxyType(
+    {
+        "32": "32-true",
+        "64": "64-true",
+        "16": "16-mixed",
+        "bf16": "bf16-mixed",
+    }
+)
+
+GROUPS = MappingProxyType(
+    {
+        "full": ("32-true", "64-true"),
+        "true": ("16-true", "bf16-true"),
+        "mixed": ("16-mixed", "bf16-mixed"),
+        "half": ("16-true", "bf16-true", "16-mixed", "bf16-mixed"),
+        "all": tuple(MODES),
+    }
+)
+
+
+def parse_mode(name: object, where: str = "") -> Mode:
+    """Return the mode called ``name``: a name, a legacy name, one of the integers 16, 32 and 64, or a ``Mode``.
+
+    Raises ``UnknownNameError`` with the nearest known name. ``where`` says where the name was given.
+    """
+    return parse_modes([name], where)[0]
+
+
+def parse_modes(names: Iterable[object], where: str = "") -> list[Mode]:
+    """Parse several names, in order and without duplicates, and report every unknown one at once. No groups."""
+    found: dict[str, Mode] = {}
+    bad: list[object] = []
+    for name in names:
+        mode = _lookup(name)
+        if mode is None:
+            bad.append(name)
+        else:
+            found.setdefault(mode.name, mode)
+    if bad:
+        raise unknown_names("precision mode", bad, _known(), where)
+    return list(found.values())
+
+
+def expand_modes(names: Iterable[object], where: str = "") -> list[Mode]:
+    """Like ``parse_modes``, with the groups of ``GROUPS`` and ``"!name"``, which takes a mode or group away again.
+
+    A list that only takes away starts from all modes. Order is that of first mention.
+    """
+    given = list(names)
+    chosen: dict[str, Mode] = {}
+    bad: list[object] = []
+    if given and all(isinstance(name, str) and name.strip().startswith("!") for name in given):
+        chosen.update(MODES)
+    for name in given:
+        text = name.strip() if isinstance(name, str) else name
+        away = isinstance(text, str) and text.startswith("!")
+        members = _members(text[1:] if away and isinstance(text, str) else text)
+        if members is None:
+            bad.append(name)
+        elif away:
+            for mode in members:
+                chosen.pop(mode.name, None)
+        else:
+            for mode in members:
+                chosen.setdefault(mode.name, mode)
+    if bad:
+        raise unknown_names("precision mode", bad, [*_known(), *GROUPS], where)
+    return list(chosen.values())
+
+
+def _known() -> Sequence[str]:
+    return [*MODES, *ALIASES]
+
+
+def _members(name: object) -> list[Mode] | None:
+    if isinstance(name, str) and name.strip().lower() in GROUPS:
+        return [MODES[m] for m in GROUPS[name.strip().lower()]]
+    mode = _lookup(name)
+    return None if mode is None else [mode]
+
+
+def _lookup(name: object) -> Mode | None:
+    if isinstance(name, Mode):
+        return name
+    if isinstance(name, bool):  # True == 1 would otherwise reach the integers below
+        return None
+    if isinstance(name, int):
+        name = str(name)
+    if not isinstance(name, str):  # 32.0 is no mode: others let it slip through and then run no precision at all
+        return None
+    key = name.strip().lower()
+    return MODES.get(ALIASES.get(key, key))

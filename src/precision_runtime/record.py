@@ -1,0 +1,149 @@
+"""What an audit found, as plain data: findings, remarks, the report and its text. Imports no torch.
+
+Every value is a builtin, so a report crosses processes as ``to_dict()`` and comes back by ``Report.from_dict``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal[
+    "range", "underflow", "instability", "amplification", "kernel", "cast", "not-applied", "nondeterministic", "error"
+]
+Where = Literal["forward", "backward", "update"]
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The element that is furthest beyond what was allowed: where it stands, what it is, what it should be."""
+
+    tensor: str  # which output, gradient or parameter: "output[0]", "grad of weight"
+    index: tuple[int, ...]
+    value: float
+    reference: float
+    allowed: float  # the largest |value - reference| that the mode's rounding and the budget explain
+    beyond: float = 0.0  # share of elements that are beyond what was allowed, 0 … 1
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One judged defect. ``module`` is the path of the guilty module ('' for the root), ``op`` an op where known."""
+
+    kind: Kind
+    where: Where
+    module: str
+    op: str | None
+    lost_bits: float
+    excess: float
+    message: str
+    module_type: str = ""
+    call: int = 0  # which call of that module, from 0
+    worst: Worst | None = None
+    suggestion: str | None = None  # only what was tried, with the figure that came out
+
+    def title(self) -> str:
+        """One line: who, where, what kind, how many bits."""
+        who = f"{self.module or 'the whole function'}" + (f" ({self.module_type})" if self.module_type else "")
+        op = f", {self.op}" if self.op else ""
+        return f"{who}{op}: {self.kind} in {self.where}, {bits(self.lost_bits)} lost beyond what the mode must lose"
+
+
+@dataclass(frozen=True)
+class Remark:
+    """True, but nothing to fail for: a known backend defect, an ill-conditioned function, a part not judged."""
+
+    kind: str
+    message: str
+    module: str = ""
+    op: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The verdict on one function in one mode. ``ok`` is True when there are no findings.
+
+    ``excess`` is the worst observed error over the error that rounding the operands must cost, over the whole
+    function and every module call, forward and backward; ``whole`` the same for the whole function alone.
+    """
+
+    subject: str
+    mode: str
+    accelerator: str
+    status: str  # native, emulated, simulated
+    budget: float
+    excess: float
+    whole: float
+    findings: tuple[Finding, ...] = ()
+    remarks: tuple[Remark, ...] = ()
+    calls: int = 0  # module calls judged
+    seed: int = 0
+    figures: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing was found."""
+        return not self.findings
+
+    @property
+    def lost_bits(self) -> float:
+        """Bits lost beyond what the precision must lose: log2 of the excess, at least 0, inf where a value is lost."""
+        return lost_bits(self.excess)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Builtins only, for JSON and for crossing processes."""
+        return {**dataclasses.asdict(self), "ok": self.ok, "lost_bits": self.lost_bits}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        """The inverse of ``to_dict``."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        values = {k: v for k, v in data.items() if k in known}
+        values["findings"] = tuple(_finding(f) for f in data.get("findings", ()))
+        values["remarks"] = tuple(Remark(**r) for r in data.get("remarks", ()))
+        return cls(**values)
+
+    def __str__(self) -> str:
+        lane = f"{self.mode} on {self.accelerator}" + ("" if self.status == "native" else f" ({self.status})")
+        if self.ok:
+            lines = [f"{self.subject} holds in {lane}: {bits(self.lost_bits)} lost of {self.budget:g} allowed"]
+        else:
+            lines = [f"{self.subject} fails in {lane}: {bits(self.lost_bits)} lost beyond what the mode must lose ({self.budget:g} allowed)"]
+        for number, finding in enumerate(self.findings):
+            lines += _describe(finding, first=number == 0)
+        lines += [f"  remark: {f'{r.module}: ' if r.module else ''}{r.message}" for r in self.remarks]
+        return "\n".join(lines)
+
+
+def lost_bits(excess: float) -> float:
+    """log2(excess), at least 0."""
+    return math.log2(excess) if excess > 1.0 else 0.0
+
+
+def bits(value: float) -> str:
+    """``3.2 bits``, ``1.0 bit``, ``every bit`` for inf."""
+    if math.isinf(value) or math.isnan(value):
+        return "every bit"
+    return f"{value:.1f} bit{'' if f'{value:.1f}' == '1.0' else 's'}"
+
+
+def _finding(data: dict[str, Any]) -> Finding:
+    worst = data.get("worst")
+    return Finding(**{**data, "worst": Worst(**{**worst, "index": tuple(worst["index"])}) if worst else None})
+
+
+def _describe(finding: Finding, first: bool) -> list[str]:
+    lines = [f"  {'to blame' if first else 'also'}: {finding.title()}", f"    {finding.message}"]
+    if finding.worst is not None:
+        w = finding.worst
+        place = f"{w.tensor}[{', '.join(map(str, w.index))}]" if w.index else w.tensor
+        lines.append(
+            f"    worst: {place} = {w.value:.6g}, reference {w.reference:.6g}, "
+            f"off by {abs(w.value - w.reference):.3g} where {w.allowed:.3g} is allowed"
+            + (f" ({w.beyond:.1%} of the elements are beyond)" if w.beyond > 0 else "")
+        )
+    if finding.suggestion:
+        lines.append(f"    tried: {finding.suggestion}")
+    return lines
