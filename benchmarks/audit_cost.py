@@ -1,0 +1,109 @@
+"""What an audit costs, in FP64 forwards of the same model, measured in one run.
+
+    python benchmarks/audit_cost.py [--repeat 5] [--json FILE]
+
+The model is a GPT-2 of 6 layers and width 256, batch 4, sequence 128, judged forward only, in bf16-true and bf16-mixed.
+Then all six modes with one shared reference, against bf16-true alone: the low-precision runs themselves, timed
+apart, are not counted there, because half products without hardware for them are slow by themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from precision_runtime import MODES, audit
+from precision_runtime.auditing import References
+
+WANTED = {"audit bf16-true": 8.0, "audit bf16-mixed": 8.0, "six modes / one mode": 4.0}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+def main() -> int:
+    """Measure, print a table, return 1 where a target is missed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=256, n_layer=6, n_head=4, n_positions=128, vocab_size=5000)).eval()
+    ids = torch.randint(5000, (4, 128))
+
+    def audit_in(*modes: str) -> None:
+        references = References()
+        for mode in modes:
+            audit(model, mode=mode, kwargs={"input_ids": ids}, gradients=False, references=references)
+
+    reference = copy.deepcopy(model).double()
+    # The plain runs are part of every audit; here they are timed so that they can be taken away again.
+    plain = {name: low_run(model, name) for name in MODES}
+    measures: dict[str, Callable[[], object]] = {
+        "FP64 forward": lambda: forward(reference, ids),
+        "audit bf16-true": lambda: audit_in("bf16-true"),
+        "audit bf16-mixed": lambda: audit_in("bf16-mixed"),
+        "six modes": lambda: audit_in(*MODES),
+        **{f"plain {name}": (lambda run=run: run(ids)) for name, run in plain.items()},
+    }
+    seconds = interleaved(measures, options.repeat)
+    one = seconds["FP64 forward"]
+    all_plain = sum(seconds[f"plain {name}"] for name in MODES)
+    ratios = {
+        "audit bf16-true": seconds["audit bf16-true"] / one,
+        "audit bf16-mixed": seconds["audit bf16-mixed"] / one,
+        "six modes / one mode": (seconds["six modes"] - all_plain)
+        / (seconds["audit bf16-true"] - seconds["plain bf16-true"]),
+    }
+    print(f"one FP64 forward: {one * 1e3:.1f} ms; low runs of six modes: {all_plain / one:.1f} FP64 forwards")
+    for name, ratio in ratios.items():
+        verdict = "ok" if ratio <= WANTED[name] else "MISSED"
+        print(f"{name:24} {ratio:6.2f} x   wanted at most {WANTED[name]:g}   {verdict}")
+    if options.json:
+        options.json.write_text(json.dumps({"seconds": seconds, "ratios": ratios}, indent=1))
+    return int(any(ratio > WANTED[name] for name, ratio in ratios.items()))
+
+
+@torch.no_grad()
+def forward(model: Any, ids: torch.Tensor) -> object:
+    """Run the model once."""
+    return model(input_ids=ids).logits
+
+
+def low_run(model: Any, name: str) -> Callable[[torch.Tensor], object]:
+    """Return a function that runs a copy of the model as the mode does, without any judging."""
+    mode = MODES[name]
+    cast = copy.deepcopy(model).to(DTYPES[mode.params])
+
+    def run(ids: torch.Tensor) -> object:
+        low = torch.autocast("cpu", DTYPES[mode.compute]) if mode.autocast else contextlib.nullcontext()
+        with low:
+            return forward(cast, ids)
+
+    return run
+
+
+def interleaved(measures: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
+    """Time all in turn, several rounds, and return the median of each: a slow moment hits every one of them."""
+    times: dict[str, list[float]] = {name: [] for name in measures}
+    for run in measures.values():
+        run()
+    for _ in range(repeat):
+        for name, run in measures.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

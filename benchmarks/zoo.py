@@ -1,0 +1,218 @@
+"""Audit a collection of small models: does the audit crash, and what does it find?
+
+    python benchmarks/zoo.py --zoo FOLDER [--every 8] [--modes 16-true bf16-true bf16-mixed] [--no-gradients]
+                             [--names llama gpt2 …] [--json FILE] [--limit SECONDS] [--jobs 2]
+
+FOLDER holds a ``zoo.py`` with ``ZOO``, a mapping whose keys are names, and ``build(name, seed=0, trained_like=False)``,
+which returns ``(model, args, kwargs)``. Each model is audited in a process of its own with a time limit, so that a
+crash or a hang of one is recorded and takes nothing else along. Caches are switched on wherever a configuration has
+them: they are what misleads an audit most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+MODES = ("16-true", "bf16-true", "bf16-mixed")
+
+
+def main() -> int:
+    """Audit the models chosen and print what came out. Return 1 where an audit crashed or hung."""
+    options = parse()
+    if options.worker:
+        work(options)
+        return 0
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    names = options.names or listed(options.zoo)[options.offset :: options.every]
+    rows: list[dict[str, Any]] = []
+    columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn())
+    with (
+        Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress,
+        concurrent.futures.ThreadPoolExecutor(options.jobs) as pool,
+    ):
+        task = progress.add_task("zoo", total=len(names))
+        for future in concurrent.futures.as_completed([pool.submit(audited, name, options) for name in names]):
+            found = future.result()
+            rows += found
+            progress.update(task, advance=1, description=found[0]["name"])
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=1))
+    rows.sort(key=lambda row: (row["name"], row["mode"]))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    show(rows)
+    return int(any(row["crash"] for row in rows))
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--zoo", type=Path, required=True, help="the folder that holds zoo.py")
+    parser.add_argument("--every", type=int, default=8, help="take every N-th name in alphabetical order (default 8)")
+    parser.add_argument("--offset", type=int, default=0, help="start at this name (default 0)")
+    parser.add_argument("--names", nargs="+", help="these models instead")
+    parser.add_argument("--modes", nargs="+", default=MODES)
+    parser.add_argument("--no-gradients", dest="gradients", action="store_false", help="judge the forward only")
+    parser.add_argument("--no-cache", dest="cache", action="store_false", help="leave caches as the zoo sets them")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds for one model in all modes (default 300)")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="models at a time")
+    parser.add_argument("--json", type=Path, help="write every row here, also while running")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def listed(zoo: Path) -> list[str]:
+    """Return the names in the zoo, in order, without loading the zoo here: it changes global settings."""
+    code = f"import sys; sys.path.insert(0, {str(zoo)!r}); import zoo; print(*sorted(zoo.ZOO), sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def audited(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Audit one model in a process of its own and return one row for each mode, whatever happens."""
+    command = [sys.executable, __file__, "--zoo", str(options.zoo), "--worker", name, "--seed", str(options.seed)]
+    command += ["--modes", *options.modes]
+    command += [] if options.gradients else ["--no-gradients"]
+    command += [] if options.cache else ["--no-cache"]
+    threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=options.limit, env=environment
+        )
+        output, end = done.stdout, f"ended with status {done.returncode}: {tail(done.stderr)}"
+    except subprocess.TimeoutExpired as expired:
+        output = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
+        end = f"still running after {options.limit:g} s"
+    # The library under audit may print, too: only complete lines of our own count.
+    rows = [json.loads(line[len(MARK) :]) for line in output.splitlines() if line.startswith(MARK)]
+    missing = [mode for mode in options.modes if mode not in {row["mode"] for row in rows}]
+    return rows + [row_of(name, mode, crash=end) for mode in missing]
+
+
+SHOWN = 4  # findings of one model printed; the JSON has them all
+MARK = "row of the zoo: "
+
+
+def row_of(name: str, mode: str, **values: Any) -> dict[str, Any]:
+    """Return a row with every column."""
+    empty: dict[str, Any] = {"findings": [], "remarks": [], "excess": None, "calls": 0, "seconds": 0.0, "crash": None}
+    return {"name": name, "mode": mode, **empty, **values}
+
+
+def tail(text: str) -> str:
+    """Return the last line that says something."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+def work(options: argparse.Namespace) -> None:
+    """Audit one model in this process and print one marked line for each mode."""
+    import traceback
+
+    sys.path.insert(0, str(options.zoo))
+    import torch
+    from zoo import build
+
+    from precision_runtime import audit
+    from precision_runtime.auditing import References
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    try:
+        model, arguments, keywords = build(options.worker, options.seed)
+    except Exception as error:  # a model that cannot be made says nothing about the audit
+        for mode in options.modes:
+            message = f"not built: {type(error).__name__}: {error}"
+            print(MARK + json.dumps(row_of(options.worker, mode, remarks=[["not-built", "", message]])), flush=True)
+        return
+    if options.cache:
+        switch_caches_on(model)
+    references = References()
+    for mode in options.modes:
+        start = time.perf_counter()
+        try:
+            report = audit(
+                model,
+                *arguments,
+                mode=mode,
+                kwargs=keywords,
+                gradients=options.gradients,
+                seed=options.seed,
+                references=references,
+            )
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(last.filename).name}:{last.lineno}"
+            row = row_of(options.worker, mode, crash=f"{type(error).__name__}: {tail(str(error))} ({where})")
+        else:
+            row = row_of(
+                options.worker,
+                mode,
+                findings=[[f.module, f.kind, f.where, round(f.lost_bits, 1), f.op, f.message] for f in report.findings],
+                remarks=[[r.kind, r.module, r.message] for r in report.remarks],
+                excess=report.excess,
+                calls=report.calls,
+            )
+        row["seconds"] = round(time.perf_counter() - start, 2)
+        print(MARK + json.dumps(row), flush=True)
+
+
+def switch_caches_on(model: Any) -> None:
+    """Set use_cache in the configuration of the model and of all its parts, where it exists."""
+    for module in model.modules():
+        for config in (getattr(module, "config", None), getattr(module, "generation_config", None)):
+            if isinstance(getattr(config, "use_cache", None), bool):
+                config.use_cache = True
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print every row that says something, then the sums."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model", "mode", "findings", "remarks", "calls", "seconds", title="zoo", title_justify="left")
+    for row in rows:
+        if not (row["findings"] or row["crash"]):
+            continue
+        found = [f"{module or '(whole)'} {kind} {where} {lost}" for module, kind, where, lost, *_ in row["findings"]]
+        text = (
+            f"CRASH {row['crash']}" if row["crash"] else "\n".join(found[:4] + [f"… {len(found)}"] * (len(found) > 4))
+        )
+        counts = Counter(kind for kind, *_ in row["remarks"])
+        remarks = " ".join(f"{kind}:{count}" for kind, count in counts.items())
+        table.add_row(row["name"], row["mode"], text, remarks, str(row["calls"]), f"{row['seconds']:.1f}")
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        here = [row for row in rows if row["mode"] == mode]
+        crashes = sum(bool(row["crash"]) for row in here)
+        flagged = sum(bool(row["findings"]) for row in here)
+        calls, seconds = sum(row["calls"] for row in here), sum(row["seconds"] for row in here)
+        counts = Counter(kind for row in here for kind, *_ in row["remarks"])
+        remarks = ", ".join(f"{kind} {count}" for kind, count in counts.most_common()) or "none"
+        console.print(
+            f"{mode}: {len(here)} models, {flagged} with findings, {crashes} crashed, {calls} module calls, "
+            f"{seconds:.0f} s; remarks: {remarks}",
+            soft_wrap=True,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
