@@ -1,0 +1,9 @@
+"""The audit: code run in a mode, run in FP64, judged."""
+
+from __future__ import annotations
+
+from precision_runtime.auditing.originals import Originals
+from precision_runtime.auditing.procedure import audit
+from precision_runtime.auditing.references import References
+
+__all__ = ["Originals", "References", "audit"]

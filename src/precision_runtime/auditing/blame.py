@@ -1,0 +1,163 @@
+"""Turn verdicts into findings: which kind, in which words, most upstream first."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from precision_runtime.auditing.excess import Judgement
+from precision_runtime.auditing.judge import AMPLIFICATION, Judge, Verdict
+from precision_runtime.auditing.recorder import Call
+from precision_runtime.auditing.worlds import widen
+from precision_runtime.record import Finding, Kind, Remark, Where, bits, lost_bits
+
+
+def findings_of(judge: Judge) -> tuple[list[Finding], list[Remark]]:
+    """All findings, guilty parts first: innermost failing calls in the order in which they failed, then their callers."""
+    limit = judge.yardstick.limit
+    steep_limit = AMPLIFICATION * limit / 4.0
+    findings: list[Finding] = []
+    remarks: list[Remark] = []
+    steep_inside: set[int] = set()
+    for verdict in sorted(judge.verdicts, key=_upstream_first):
+        if verdict.failed:
+            findings.append(_finding(judge, verdict))
+        elif verdict.amplification > steep_limit:
+            parent = verdict.call.parent if verdict.call is not None else None
+            inherited = verdict.call is None and bool(steep_inside) or id(verdict.call) in steep_inside
+            while parent is not None:
+                steep_inside.add(id(parent))
+                parent = parent.parent
+            if judge.yardstick.mixed:
+                findings.append(_steep(verdict))
+            elif not inherited:
+                remarks.append(
+                    Remark(
+                        "ill-conditioned",
+                        f"the result moves {verdict.amplification:.0f} times as much as its operands' rounding; in this "
+                        "mode that is the function's own nature, no defect",
+                        _name(verdict.call),
+                    )
+                )
+    return _one_per_module(findings), remarks
+
+
+def _upstream_first(verdict: Verdict) -> tuple[int, int, int]:
+    where = 0 if verdict.where == "forward" else 1
+    if verdict.call is None:
+        return where, 2, 0
+    # In backward the last call of the forward pass is the most upstream one.
+    order = verdict.call.end if where == 0 else -verdict.call.start
+    return where, int(verdict.consequence), order
+
+
+def _one_per_module(findings: list[Finding]) -> list[Finding]:
+    """A module that is called many times is named once per direction, with its worst call."""
+    best: dict[tuple[str, str], Finding] = {}
+    for finding in findings:
+        key = (finding.module, finding.where)
+        if key not in best:
+            best[key] = finding
+        elif finding.excess > best[key].excess:
+            best[key] = finding
+    return list(best.values())
+
+
+def _finding(judge: Judge, verdict: Verdict) -> Finding:
+    worst = verdict.worst
+    kind, op, message, tried = _explain(judge, verdict, worst)
+    call = verdict.call
+    return Finding(
+        kind=kind,
+        where=_where(verdict),
+        module=_name(call),
+        op=op,
+        lost_bits=_finite_bits(worst.score),
+        excess=worst.score,
+        message=message,
+        module_type=type(call.module).__name__ if call is not None else "",
+        call=call.index if call is not None else 0,
+        worst=worst.worst,
+        suggestion=tried,
+    )
+
+
+def _explain(judge: Judge, verdict: Verdict, worst: Judgement) -> tuple[Kind, str | None, str, str | None]:
+    if worst.kind == "range":
+        return "range", None, worst.note, None
+    if worst.kind == "underflow":
+        return "underflow", None, "most of the error is values that were flushed to zero", None
+    call = verdict.call
+    if call is not None and verdict.where == "forward" and not verdict.consequence:
+        cast = _cast_proof(judge, call, worst.score)
+        if cast is not None:
+            names, after = cast
+            return (
+                "cast", None, f"casting the buffer {names} to the mode's dtype lost what this module needs",
+                f"with {names} kept in fp32 the loss falls from {bits(lost_bits(worst.score))} to {bits(lost_bits(after))}",
+            )  # fmt: skip
+    figure = (
+        f"the error is {worst.excess:.3g} times what rounding the operands must cost"
+        if worst.excess * 4 >= worst.tail
+        else f"single elements are off by {worst.tail:.3g} times what rounding the operands must cost"
+    )
+    if worst.note:
+        figure = worst.note
+    if call is not None and type(call.module).__module__.startswith("torch.nn.modules") and not call.children:
+        return "kernel", None, f"{figure}; the module is torch's own: its kernel or its use in this dtype is to blame", None
+    where = "" if verdict.where == "forward" else " with the gradient that really came in"
+    inside = "" if not verdict.consequence else "; a part of it is to blame"
+    return "instability", None, f"{figure}, on the inputs that it really got{where}{inside}", None
+
+
+def _cast_proof(judge: Judge, call: Call, before: float) -> tuple[str, float] | None:
+    """Buffers of the call's module whose cast alone explains the failure, with the score that remains without it."""
+    swapped: dict[tuple[int, str], torch.Tensor] = {}
+    names: list[str] = []
+    for path, module in call.module.named_modules():
+        for name in module._buffers:
+            key = (id(module), name)
+            low, true = judge.worlds.low_buffers.get(key), judge.worlds.true_buffers.get(key)
+            if low is None or true is None or not low.is_floating_point():
+                continue
+            if not torch.equal(widen(low).nan_to_num(), true.nan_to_num()):
+                swapped[key] = widen(low)
+                names.append(f"`{path + '.' if path else ''}{name}`")
+    if not swapped:
+        return None
+    judged = judge.replay_with(call, swapped)
+    after = max((j.score for j in judged.values()), default=math.inf) if judged else math.inf
+    if after > judge.yardstick.limit and after > before / 4.0:
+        return None
+    return ", ".join(names), after
+
+
+def _steep(verdict: Verdict) -> Finding:
+    amplification = verdict.amplification
+    worst = max(verdict.judgements, key=lambda j: j.error / j.scale if j.scale else 0.0)
+    return Finding(
+        kind="amplification",
+        where="forward",
+        module=_name(verdict.call),
+        op=None,
+        lost_bits=lost_bits(amplification),
+        excess=amplification,
+        message=f"a steep function under autocast: its relative error is {amplification:.0f} times the unit roundoff. An FP32 "
+        "island costs little here: wrap it in torch.autocast(enabled=False) and pass float32 inputs",
+        module_type=type(verdict.call.module).__name__ if verdict.call is not None else "",
+        call=verdict.call.index if verdict.call is not None else 0,
+        worst=worst.worst,
+    )
+
+
+def _finite_bits(score: float) -> float:
+    return lost_bits(score) if score == score else math.inf
+
+
+def _name(call: Call | None) -> str:
+    return call.name if call is not None else ""
+
+
+def _where(verdict: Verdict) -> Where:
+    return "forward" if verdict.where == "forward" else "backward"

@@ -1,0 +1,187 @@
+"""The two dispatch modes of an audit: true FP64 for the reference, a watching eye for the low-precision run.
+
+Both sit below autograd and autocast, so that they see casts as ``aten._to_copy`` and the ops of the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from precision_runtime.auditing.defects import KnownDefect, defect_of
+from precision_runtime.auditing.randomness import Draw, draw_of
+
+aten = torch.ops.aten
+
+WIDE = {
+    torch.float32: torch.float64,
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.complex64: torch.complex128,
+    torch.complex32: torch.complex128,
+}
+_PRODUCTS = frozenset(
+    f"aten::{name}"
+    for name in (
+        "mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "dot", "convolution", "linear", "_grouped_mm",
+        "mkldnn_rnn_layer", "lstm", "gru", "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention",
+    )
+)  # fmt: skip
+
+
+class TrueDouble(TorchDispatchMode):
+    """Every floating computation in FP64, also where user code asks for another dtype.
+
+    - a floating ``dtype=`` narrower than 64 bits (``.float()``, ``softmax(dtype=...)``, factories) becomes FP64;
+    - narrower floating operands are widened first (constants that user code made in FP32);
+    - an op without an FP64 kernel runs on FP32 copies and its results are widened (``fallbacks`` lists them);
+    - random draws are made as in the low-precision run.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fallbacks: set[str] = set()
+        self._plans: dict[Any, tuple[Draw | None, bool, bool]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        plan = self._plans.get(func)
+        if plan is None:
+            aliases = any(a.alias_info is not None for a in func._schema.arguments)
+            writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+            plan = self._plans[func] = (draw_of(func), aliases, writes)
+        draw, aliases, writes = plan
+        dtype = kwargs.get("dtype")
+        if dtype in WIDE:
+            kwargs["dtype"] = WIDE[dtype]
+        if draw is not None:
+            return draw(func, args, kwargs)
+        if not aliases or writes:
+            args, kwargs = self._widen(args, kwargs, writes)
+        try:
+            return func(*args, **kwargs)
+        except (RuntimeError, NotImplementedError) as error:
+            return self._narrow(func, args, kwargs, writes, error)
+
+    @staticmethod
+    def _widen(
+        args: Sequence[Any], kwargs: dict[str, Any], writes: bool
+    ) -> tuple[Sequence[Any], dict[str, Any]]:
+        if not any(_is_narrow(a) for a in args) and not any(_is_narrow(a) for a in kwargs.values()):
+            return args, kwargs
+        if writes:  # the written tensor keeps its dtype; torch promotes elementwise operands by itself
+            return args, kwargs
+        return tuple(_each(_wide, a) for a in args), {k: _each(_wide, v) for k, v in kwargs.items()}
+
+    def _narrow(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], writes: bool, error: Exception
+    ) -> Any:
+        if not any(_is_double(a) for a in (*args, *kwargs.values())):
+            raise error
+        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def single(t: torch.Tensor) -> torch.Tensor:
+            if t.dtype not in (torch.float64, torch.complex128):
+                return t
+            new = t.to(torch.float32 if t.dtype == torch.float64 else torch.complex64)
+            copies.append((t, new))
+            return new
+
+        try:
+            result = func(*(_each(single, a) for a in args), **{k: _each(single, v) for k, v in kwargs.items()})
+        except (RuntimeError, NotImplementedError):
+            raise error from None
+        self.fallbacks.add(func._schema.name)
+        if writes:
+            written = {id(new): old for old, new in copies}
+            for old, new in copies:
+                old.copy_(new)
+            return _each(lambda t: written.get(id(t), t), result)
+        return _each(_wide, result)
+
+
+class LowWatch(TorchDispatchMode):
+    """Runs the low-precision code as it is, with canonical draws, and notes what it did.
+
+    ``produced`` holds the floating dtypes that ops produced, ``products`` the dtypes that matrix products and
+    convolutions ran in, ``frames`` the same sets for the module calls that are open (innermost last), ``defects``
+    the known backend defects that were met; those are computed rightly instead, so that they hide nothing else.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.produced: set[torch.dtype] = set()
+        self.products: set[torch.dtype] = set()
+        self.frames: list[set[torch.dtype]] = []
+        self.defects: dict[str, tuple[KnownDefect, float]] = {}
+        self._plans: dict[Any, tuple[Draw | None, bool, KnownDefect | None]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        plan = self._plans.get(func)
+        if plan is None:
+            name = func._schema.name
+            plan = self._plans[func] = (draw_of(func), name in _PRODUCTS, defect_of(name))
+        draw, product, defect = plan
+        if draw is not None:
+            return draw(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if defect is not None:
+            result = self._repair(defect, func, args, kwargs, result)
+        first = result if isinstance(result, torch.Tensor) else _first_tensor(result)
+        if first is not None and first.is_floating_point():
+            dtype = first.dtype
+            if dtype not in self.produced:
+                self.produced.add(dtype)
+            if self.frames:
+                self.frames[-1].add(dtype)
+            if product:
+                self.products.add(dtype)
+        return result
+
+    def _repair(self, defect: KnownDefect, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Any:
+        right = defect.correct(func, args, kwargs, result)
+        if right is None:
+            return result
+        better, factor = right
+        before = self.defects.get(defect.name, (defect, 0.0))[1]
+        self.defects[defect.name] = (defect, max(before, factor))
+        return better
+
+
+def _first_tensor(value: Any) -> torch.Tensor | None:
+    if isinstance(value, (list, tuple)):
+        return next((v for v in value if isinstance(v, torch.Tensor)), None)
+    return None
+
+
+def _each(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
+        return type(value)(_each(function, v) for v in value) if type(value) in (list, tuple) else value
+    return value
+
+
+def _wide(t: torch.Tensor) -> torch.Tensor:
+    return t.to(WIDE[t.dtype]) if t.dtype in WIDE else t
+
+
+def _is_narrow(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.dtype in WIDE
+    return isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) and v.dtype in WIDE for v in value)
+
+
+def _is_double(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.dtype in (torch.float64, torch.complex128)
+    return isinstance(value, (list, tuple)) and any(_is_double(v) for v in value)

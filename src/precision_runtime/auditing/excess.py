@@ -1,0 +1,255 @@
+"""The judgement of one tensor: observed error over the error that rounding the operands must cost.
+
+With unit roundoff ``u`` of the mode, reference ``r`` (FP64), observed ``a`` and perturbed references ``s_k``:
+
+- error            E = a - r
+- intrinsic error  B_i = sqrt(mean_k (s_ki - r_i)^2), what rounding inputs, parameters and child outputs costs
+- floor            R = u / sqrt(3) * rms(r): the error of rounding a result of that size once, uniform in one step.
+                   The exponent is unbounded on purpose: a floor taken by casting r would hide underflow.
+- excess           rms(E) / sqrt(rms(B)^2 + R^2)
+- tail             max_i |E_i| / (B_i + u |r_i| + sqrt(rms(B)^2 + R^2)), for single bad rows
+
+A healthy computation has an excess of about 1 whatever the dtype, size or conditioning. Both are cut at a limit that
+follows from one constant (``TAIL_RATIO`` and the budget); nothing is chosen per test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from precision_runtime.formats import FORMATS
+from precision_runtime.record import Worst
+
+# A maximum over many elements of a ratio whose rms is about 1 reaches 4 to 5 in healthy calls (36,000 measured module
+# calls: at most 4.3 where the excess is at most 1.1), so the tail is cut at four times the limit of the excess.
+TAIL_RATIO = 4.0
+# A reference this large is no number that anybody computed: it is finfo(float64).min or the like, used as a mask.
+SENTINEL = 1e200
+# An element of a decision tensor (indices, bools) may flip this often by chance before the count means anything.
+FREE_FLIPS = 3.0
+
+
+@dataclass
+class Judgement:
+    """The verdict on one tensor; ``score`` is comparable with 2**budget."""
+
+    tensor: str
+    excess: float = 0.0
+    tail: float = 0.0
+    kind: str | None = None  # a kind that logic settled: range, underflow
+    worst: Worst | None = None
+    error: float = 0.0  # rms(E)
+    scale: float = 0.0  # rms(r)
+    note: str = ""
+    bound: bool = False  # the figures are upper bounds: no perturbed run was needed
+
+    @property
+    def score(self) -> float:
+        """The larger of excess and tail, both in units of the excess's limit."""
+        return max(self.excess, self.tail / TAIL_RATIO)
+
+
+@dataclass
+class Pair:
+    """One observed tensor beside its FP64 reference, both flat, with the elements that cannot be compared left out."""
+
+    tensor: str
+    observed: torch.Tensor  # float64, shape (n,)
+    reference: torch.Tensor  # float64, shape (n,)
+    error: torch.Tensor  # float64, shape (n,), 0 where not comparable
+    shape: torch.Size
+    u: float
+    step: float  # smallest subnormal that may be lost without a finding, 0 to demand full range
+    lost: torch.Tensor | None = None  # bool, shape (n,): non-finite although the reference is finite
+    out_of_range: float = 0.0  # largest |reference| that the observed dtype cannot hold, 0 if none
+    maximum: float = math.inf  # largest finite value of the observed dtype
+    decision: bool = False
+    flips: int = 0
+    rms_reference: float = field(init=False, default=0.0)
+    rms_error: float = field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        self.rms_reference = _rms(self.reference)
+        self.rms_error = _rms(self.error)
+
+    @property
+    def floor(self) -> float:
+        """R, with one subnormal step where that is granted."""
+        return math.hypot(self.u / math.sqrt(3.0) * self.rms_reference, self.step)
+
+    def judge(self, samples: Sequence[torch.Tensor] = ()) -> Judgement:
+        """Judge with the perturbed references seen so far; with none, the figures are upper bounds."""
+        if self.lost is not None:
+            return self._range()
+        if self.decision:
+            return self._decision(samples)
+        spread, rms_spread = _spread(samples, self.reference)
+        common = math.hypot(rms_spread, self.floor)
+        if self.error.numel() == 0 or self.rms_error == 0.0:
+            return Judgement(self.tensor, scale=self.rms_reference, bound=not samples)
+        if common == 0.0:  # reference exactly 0, no spread: only an exact 0 is right
+            return self._result(math.inf, math.inf, self.error.abs(), torch.zeros_like(self.error), bool(samples))
+        allowed = self.reference.abs().mul_(self.u).add_(common + self.step)
+        if spread is not None:
+            allowed += spread
+        size = self.error.abs()
+        tail = float((size / allowed).max())
+        return self._result(self.rms_error / common, tail, size, allowed, bool(samples))
+
+    def _result(
+        self, excess: float, tail: float, size: torch.Tensor, allowed: torch.Tensor, sampled: bool
+    ) -> Judgement:
+        where = int((size - TAIL_RATIO * allowed).argmax())
+        worst = Worst(
+            tensor=self.tensor,
+            index=_unravel(where, self.shape),
+            value=float(self.observed[where]),
+            reference=float(self.reference[where]),
+            allowed=TAIL_RATIO * float(allowed[where]),
+        )
+        kind = None
+        if excess > 1.0:
+            flushed = (self.observed == 0) & (self.reference != 0)
+            # Underflow: most of the error is values that became exactly zero.
+            if float(self.error[flushed].square().sum()) > 0.5 * float(self.error.square().sum()):
+                if float(self.reference[flushed].abs().max()) < FORMATS["float32"].smallest_normal ** 0.5:
+                    kind = "underflow"
+        return Judgement(
+            self.tensor, excess, tail, kind, worst, self.rms_error, self.rms_reference, bound=not sampled
+        )
+
+    def _range(self) -> Judgement:
+        assert self.lost is not None
+        where = int(self.lost.to(torch.int8).argmax())
+        count = int(self.lost.sum())
+        reference = float(self.reference[where])
+        if self.out_of_range:
+            note = (
+                f"the true value reaches {self.out_of_range:.4g}, beyond the largest value of this dtype, "
+                f"{self.maximum:.6g}: the result itself is out of the mode's range"
+            )
+        else:
+            note = "an intermediate value left the range of the dtype, or a division by a flushed zero; the result itself fits"
+        worst = Worst(
+            self.tensor, _unravel(where, self.shape), float(self.observed[where]), reference, 0.0,
+            count / max(1, self.reference.numel()),
+        )  # fmt: skip
+        return Judgement(
+            self.tensor, math.inf, math.inf, "range", worst, math.inf, self.rms_reference,
+            f"{count} of {self.reference.numel()} elements are not finite; {note}",
+        )  # fmt: skip
+
+    def _decision(self, samples: Sequence[torch.Tensor]) -> Judgement:
+        n = max(1, self.reference.numel())
+        if not samples:
+            score = self.flips / FREE_FLIPS
+            return Judgement(self.tensor, score, 0.0, None, None, self.flips / n, 1.0, bound=True)
+        mean = sum(int((s != self.reference).sum()) for s in samples) / len(samples)
+        expected = mean + 3.0 * math.sqrt(mean) + FREE_FLIPS
+        worst = None
+        if self.flips:
+            where = int((self.observed != self.reference).to(torch.int8).argmax())
+            worst = Worst(
+                self.tensor, _unravel(where, self.shape), float(self.observed[where]), float(self.reference[where]),
+                0.0, self.flips / n,
+            )  # fmt: skip
+        return Judgement(
+            self.tensor, self.flips / expected, 0.0, None, worst, self.flips / n, 1.0,
+            f"{self.flips} of {n} decisions differ where perturbed FP64 runs flip {mean:.1f}",
+        )  # fmt: skip
+
+
+def pair(name: str, observed: torch.Tensor, reference: torch.Tensor, u: float, step: float = 0.0) -> Pair | str:
+    """Put an observed tensor beside its reference, or say in a sentence why they cannot be compared.
+
+    Elements whose reference is NaN, infinite or a mask's sentinel are left out where the observed value agrees in kind.
+    """
+    observed, reference = _plain(observed), _plain(reference)
+    if observed.shape != reference.shape:
+        return f"{name} has shape {tuple(observed.shape)} in the mode and {tuple(reference.shape)} in FP64"
+    if observed.device != reference.device:
+        observed = observed.to(reference.device)
+    if not reference.is_floating_point():
+        if observed.is_floating_point():
+            return f"{name} is {observed.dtype} in the mode and {reference.dtype} in FP64"
+        r, a = reference.reshape(-1), observed.reshape(-1)
+        flips = int((a != r).sum())
+        zero = torch.zeros((), dtype=torch.float64)
+        return Pair(name, a, r, zero.expand(r.shape), reference.shape, u, 0.0, decision=True, flips=flips)
+    maximum = FORMATS[str(observed.dtype).removeprefix("torch.")].max if observed.is_floating_point() else math.inf
+    r = reference.detach().reshape(-1).to(torch.float64)
+    a = observed.detach().reshape(-1).to(torch.float64)
+    error = a - r
+    lost = None
+    out_of_range = 0.0
+    if not bool(torch.isfinite(error).all()) or (r.numel() and float(r.abs().max()) > min(maximum, SENTINEL)):
+        r_mask = ~(r.abs() < SENTINEL)  # NaN, infinite, or a mask's constant
+        finite = torch.isfinite(a)
+        gone = ~finite & ~r_mask
+        # A mask's constant stays one when it saturates or becomes infinite with the same sign; NaN is no mask.
+        gone |= torch.isnan(a) & r_mask & ~torch.isnan(r)
+        if bool(gone.any()):
+            lost = gone
+            beyond = r.abs() > maximum
+            beyond &= gone & ~r_mask
+            out_of_range = float(r[beyond].abs().max()) if bool(beyond.any()) else 0.0
+        skip = r_mask | ~finite
+        error = torch.where(skip, torch.zeros_like(error), error)
+        r = torch.where(r_mask, torch.zeros_like(r), r)
+        if lost is None:
+            a = torch.where(skip, torch.zeros_like(a), a)
+    return Pair(name, a, r, error, reference.shape, u, step, lost, out_of_range, maximum)
+
+
+def flatten_sample(sample: torch.Tensor, like: Pair) -> torch.Tensor | None:
+    """A perturbed reference in the pair's layout; None when its shape depends on values and came out otherwise."""
+    sample = _plain(sample)
+    if sample.numel() != like.reference.numel():
+        return None
+    return sample.detach().reshape(-1).to(like.reference.dtype)
+
+
+def _plain(t: torch.Tensor) -> torch.Tensor:
+    """Dense, real, strided: complex becomes pairs of reals."""
+    t = t.detach()
+    if t.is_nested:
+        t = torch.cat([part.reshape(-1) for part in t.unbind()])
+    if t.layout is not torch.strided:
+        t = t.to_dense()
+    if t.is_quantized:
+        t = t.dequantize()
+    if t.is_complex():
+        t = torch.view_as_real(t.resolve_conj())
+    return t
+
+
+def _spread(samples: Sequence[torch.Tensor], reference: torch.Tensor) -> tuple[torch.Tensor | None, float]:
+    if not samples:
+        return None, 0.0
+    total = torch.zeros_like(reference)
+    for sample in samples:
+        difference = sample - reference
+        # A sample beyond the reach of FP64 (a mask's constant) says nothing about the spread.
+        difference = torch.where(difference.abs() < SENTINEL, difference, torch.zeros_like(difference))
+        total.addcmul_(difference, difference)
+    total /= len(samples)
+    return total.sqrt(), math.sqrt(float(total.mean())) if total.numel() else 0.0
+
+
+def _rms(t: torch.Tensor) -> float:
+    if t.numel() == 0 or not t.is_floating_point():
+        return 0.0
+    norm = float(torch.linalg.vector_norm(t))
+    return norm / math.sqrt(t.numel())
+
+
+def _unravel(index: int, shape: torch.Size) -> tuple[int, ...]:
+    out: list[int] = []
+    for size in reversed(shape):
+        out.append(index % size)
+        index //= size
+    return tuple(reversed(out))

@@ -1,0 +1,375 @@
+"""Judge a low-precision run call by call: screen against a shared reference, replay only what does not pass.
+
+A call whose output agrees with an FP64 run that started further upstream, to within the representability floor, cannot
+be failing on its own inputs either: its own error would have to cancel the inherited one. So one FP64 run screens a
+whole subtree, and only the calls that do not pass are replayed on their own actual inputs; a replay is then the
+reference of everything inside that call. Perturbed runs are made only where a replay does not pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from precision_runtime.auditing.dispatch import TrueDouble
+from precision_runtime.auditing.excess import Judgement, Pair, flatten_sample, pair
+from precision_runtime.auditing.noise import Noise
+from precision_runtime.auditing.recorder import Call, Recorder
+from precision_runtime.auditing.recurrent import noisy_states
+from precision_runtime.auditing.references import Sample
+from precision_runtime.auditing.runs import Run, execute
+from precision_runtime.auditing.worlds import Worlds, widen, widen_tree
+
+# Perturbed runs: few where the answer is clear, more before anything is called a failure. A decision that flips on a
+# near tie (an expert, an argmax) in the mode flips in a share p of the perturbed runs, and 1/sqrt(p) must stay below
+# the limit of 4: with 32 runs, one flip or two are seen.
+SAMPLES = (3, 8, 32)
+# Under autocast an FP32 island costs nothing, so a function this much steeper than its operands' rounding is a
+# finding there: every repaired or innocent module measured is at most 16.8, every steep defect at least 32.7.
+AMPLIFICATION = 24.0
+
+Site = tuple[str, str]  # ("forward" | "backward", tensor)
+
+
+@dataclass
+class Yardstick:
+    """What the mode may lose: unit roundoff, subnormal step, the limit on excess, and whether islands are free."""
+
+    u: float
+    step: float
+    limit: float
+    mixed: bool
+    seed: int
+    own_u: Callable[[Call | None], float]
+
+
+@dataclass
+class Verdict:
+    """The judged tensors of one call (None: the whole function) in one direction."""
+
+    call: Call | None
+    where: str
+    judgements: list[Judgement]
+    amplification: float = 0.0
+    failed: bool = False
+    consequence: bool = False  # a call inside this one failed in the same direction
+
+    @property
+    def worst(self) -> Judgement:
+        return max(self.judgements, key=lambda j: j.score)
+
+    @property
+    def score(self) -> float:
+        return max((j.score for j in self.judgements), default=0.0)
+
+
+@dataclass
+class Sheet:
+    """Observed tensors beside their references, by site."""
+
+    pairs: dict[Site, Pair] = field(default_factory=dict)
+    apart: list[str] = field(default_factory=list)  # sentences on what cannot be compared
+
+    def add(self, where: str, name: str, low: torch.Tensor, reference: torch.Tensor, u: float, step: float) -> None:
+        made = pair(name, low, reference, u, step)
+        if isinstance(made, str):
+            self.apart.append(made)
+        else:
+            self.pairs[where, name] = made
+
+    def judge(self, samples: Sequence[Sample] = ()) -> dict[Site, Judgement]:
+        out = {}
+        for site, entry in self.pairs.items():
+            found = [getattr(s, site[0]).get(site[1]) for s in samples]
+            flat = [f for t in found if t is not None for f in (flatten_sample(t, entry),) if f is not None]
+            out[site] = entry.judge(flat)
+        return out
+
+
+class Judge:
+    """Walks the calls of a low-precision run and collects verdicts (see the module's docstring)."""
+
+    def __init__(self, worlds: Worlds, low: Run, yardstick: Yardstick) -> None:
+        self.worlds, self.low, self.yardstick = worlds, low, yardstick
+        self.verdicts: list[Verdict] = []
+        self.remarks: dict[tuple[str, str], str] = {}
+        self.fallbacks: set[str] = set()
+        self.replays: dict[int, Sheet] = {}
+        self._owned = self._single_use_parameters()
+
+    # -- the walk ---------------------------------------------------------------------------------------------------
+
+    def visit(self, call: Call, twins: dict[int, Call]) -> set[str]:
+        """Judge one call and everything inside it; return the directions in which something failed."""
+        if call.end < 0:
+            return set()
+        twin = twins.get(id(call))
+        if _is_wrapper(call):
+            return self._visit_all(call.children, twins)
+        sheet = self._sheet(call, twin) if twin is not None else None
+        passed: dict[Site, Judgement] = {} if sheet is None else sheet.judge()
+        if sheet is not None and not sheet.apart and all(self._passes(j) for j in passed.values()):
+            failed = self._visit_all(call.children, twins)
+            self._note(call, passed, sheet, failed)
+            return failed
+        replay = self._replay(call)
+        if replay is None:
+            return self._visit_all(call.children, twins)
+        root = replay.calls[0]
+        inner = match(call.subtree()[1:], replay.calls[1:])
+        sheet = self._sheet(call, root, replay)
+        self.replays[id(call)] = sheet
+        failed = self._visit_all(call.children, inner)
+        for sentence in sheet.apart:
+            self.remarks.setdefault((call.name, "shape"), f"shape depends on values: {sentence}; not judged")
+        judged = self.decide(sheet, lambda n: self._sample_call(call, n), failed)
+        return failed | self._note(call, judged, sheet, failed)
+
+    def whole(self, reference: Run, sheet: Sheet, samples: Callable[[int], Sample]) -> set[str]:
+        """Judge the whole function, after everything in it; ``samples(n)`` gives the n-th perturbed run."""
+        tops = [c for c in self.low.calls if c.parent is None]
+        twins = match(self.low.calls, reference.calls)
+        failed: set[str] = set()
+        for top in tops:
+            if len(tops) == 1 and _covers(top, self.low):  # the function is that module: judged as a whole below
+                failed |= self._visit_all(top.children, twins)
+            else:
+                failed |= self.visit(top, twins)
+        for sentence in sheet.apart:
+            self.remarks.setdefault(("", "shape"), f"shape depends on values: {sentence}; not judged")
+        judged = self.decide(sheet, samples, failed)
+        return failed | self._note(None, judged, sheet, failed)
+
+    def _visit_all(self, calls: Sequence[Call], twins: dict[int, Call]) -> set[str]:
+        failed: set[str] = set()
+        for call in calls:
+            failed |= self.visit(call, twins)
+        return failed
+
+    # -- deciding ---------------------------------------------------------------------------------------------------
+
+    def decide(self, sheet: Sheet, sample: Callable[[int], Sample], failed: set[str]) -> dict[Site, Judgement]:
+        """Judge with as few perturbed runs as settle it."""
+        judged = sheet.judge()
+        open_ = {s for s, j in judged.items() if j.kind != "range" and not self._passes(j)}
+        if not open_:
+            return judged
+        samples: list[Sample] = []
+        for count in SAMPLES:
+            while len(samples) < count:
+                samples.append(sample(len(samples)))
+            again = Sheet({s: sheet.pairs[s] for s in open_}).judge(samples)
+            judged.update(again)
+            margin = 0.5 if count == SAMPLES[0] else 0.8 if count == SAMPLES[1] else 1.0
+            open_ = {s for s in open_ if again[s].score > margin * self.yardstick.limit}
+            # The parent of a failing call fails with it; its own figure need not be exact.
+            if all(s[0] in failed for s in open_):
+                break
+        return judged
+
+    def _passes(self, judgement: Judgement) -> bool:
+        return judgement.score <= self.yardstick.limit
+
+    def _note(self, call: Call | None, judged: dict[Site, Judgement], sheet: Sheet, failed: set[str]) -> set[str]:
+        out: set[str] = set()
+        for where in ("forward", "backward"):
+            entries = [(j, sheet.pairs[s]) for s, j in judged.items() if s[0] == where]
+            if not entries:
+                continue
+            verdict = Verdict(call, where, [j for j, _ in entries], consequence=where in failed)
+            verdict.failed = verdict.score > self.yardstick.limit
+            if where == "forward":
+                verdict.amplification = max(
+                    (j.error / (p.u * j.scale) for j, p in entries if j.scale > 0 and not j.bound and not p.decision),
+                    default=0.0,
+                )
+            self.verdicts.append(verdict)
+            steep = self.yardstick.mixed and verdict.amplification > AMPLIFICATION * self.yardstick.limit / 4.0
+            if verdict.failed or steep:
+                out.add(where)
+        return out
+
+    # -- sheets -----------------------------------------------------------------------------------------------------
+
+    def _sheet(self, call: Call, twin: Call, replay: Run | None = None) -> Sheet:
+        u, step = self.yardstick.own_u(call), self.yardstick.step
+        sheet = Sheet()
+        theirs = dict(twin.outputs)
+        for path, low in call.outputs:
+            if path in theirs:
+                sheet.add("forward", f"output{path}", low, theirs[path], u, step)
+        if len(theirs) != len(call.outputs):
+            sheet.apart.append(f"{len(call.outputs)} tensors come out in the mode, {len(theirs)} in FP64")
+        grads = twin.input_grads if replay is None else replay.input_grads
+        for path, low in call.input_grads.items():
+            reference = grads.get(path)
+            if reference is not None and reference.shape == low.shape:
+                sheet.add("backward", f"grad of input{path}", _unscaled(low, self.low.scale), reference, u, 0.0)
+        if replay is not None:
+            for key, name in self._owned.get(id(call), {}).items():
+                low_grad, reference = self.low.parameter_grads.get(key), replay.parameter_grads.get(key)
+                if low_grad is not None and reference is not None:
+                    sheet.add("backward", f"grad of {name}", _unscaled(low_grad, self.low.scale), reference, u, 0.0)
+        elif call.output_grads and self._owned.get(id(call)):
+            # A parameter's gradient is screened against the whole run by ``whole``; here it must be replayed when
+            # the whole run's did not agree.
+            for key, name in self._owned[id(call)].items():
+                low_grad, reference = self.low.parameter_grads.get(key), self.true_grads.get(key)
+                if low_grad is not None and reference is not None:
+                    sheet.add("backward", f"grad of {name}", _unscaled(low_grad, self.low.scale), reference, u, 0.0)
+        return sheet
+
+    true_grads: dict[int, torch.Tensor] = {}  # noqa: RUF012 - replaced per audit, by the whole reference's gradients
+
+    def _single_use_parameters(self) -> dict[int, dict[int, str]]:
+        """Parameters by the one call that uses them: {id(call): {id(parameter): name}}. Tied ones are left out."""
+        calls: dict[int, list[Call]] = {}
+        for call in self.low.calls:
+            calls.setdefault(id(call.module), []).append(call)
+        owners: dict[int, set[int]] = {}
+        names: dict[int, str] = {}
+        where: dict[int, Call] = {}
+        by_path = {name: module for name, module in self.worlds.names.items()}
+        for path, module in by_path.items():
+            for name, p in module._parameters.items():
+                if p is None:
+                    continue
+                holder, full = path, name
+                while id(by_path.get(holder)) not in calls and holder:
+                    holder, _, last = holder.rpartition(".")
+                    full = f"{last}.{full}"
+                users = calls.get(id(by_path.get(holder)), [])
+                owners.setdefault(id(p), set()).update(id(c) for c in users)
+                names[id(p)] = full
+                if len(users) == 1:
+                    where[id(p)] = users[0]
+        out: dict[int, dict[int, str]] = {}
+        for key, ids in owners.items():
+            if len(ids) == 1 and key in where:
+                out.setdefault(id(where[key]), {})[key] = names[key]
+        return out
+
+    # -- replays ----------------------------------------------------------------------------------------------------
+
+    def _replay(self, call: Call, buffers: dict[tuple[int, str], torch.Tensor] | None = None) -> Run | None:
+        """Run the call's module in FP64 on the call's actual inputs and incoming gradient."""
+        try:
+            with self.worlds.true(state=call.state, buffers=buffers), TrueDouble() as mode:
+                assert call.rng is not None
+                call.rng.restore()
+                args, kwargs = widen_tree((call.args, call.kwargs))
+                recorder = Recorder(self._parts(call), self.worlds, gradients=bool(call.output_grads))
+                run = execute(
+                    call.module, args, kwargs, recorder,
+                    cotangent=self._incoming(call), parameters=call.module.parameters(),
+                )  # fmt: skip
+            self.fallbacks |= mode.fallbacks
+        except Exception as error:
+            self.remarks[call.name, "replay"] = (
+                f"this call could not be replayed in FP64 on its own inputs ({type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else ''}); judged within its caller"
+            )
+            return None
+        return run if run.calls else None
+
+    def replay_with(self, call: Call, buffers: dict[tuple[int, str], torch.Tensor]) -> dict[Site, Judgement] | None:
+        """The call's forward judgements when the reference, too, uses the given buffers (bounds, no samples)."""
+        run = self._replay(call, buffers)
+        if run is None:
+            return None
+        sheet = self._sheet(call, run.calls[0], run)
+        return Sheet({s: p for s, p in sheet.pairs.items() if s[0] == "forward"}).judge()
+
+    def _sample_call(self, call: Call, number: int) -> Sample:
+        noise = Noise(self.yardstick.own_u(call), self.yardstick.seed, number)
+        used = {id(p) for p in call.module.parameters()}
+        disturbed = noise.parameters(self.worlds.true_parameters, used)
+        with self.worlds.true(parameters=disturbed, state=call.state), TrueDouble():
+            assert call.rng is not None
+            call.rng.restore()
+            args, kwargs = noise.inputs(widen_tree((call.args, call.kwargs)))
+            parts = self._parts(call)
+            recorder = Recorder(parts, self.worlds, outputs=False, perturb=noise, skip=call.module)
+            with noisy_states(parts.values(), noise):
+                run = execute(
+                    call.module, args, kwargs, recorder,
+                    cotangent=self._incoming(call, noise), parameters=call.module.parameters(),
+                )  # fmt: skip
+        names = self._owned.get(id(call), {})
+        return sample_of(run, {k: n for k, n in names.items()})
+
+    def _incoming(self, call: Call, noise: Noise | None = None) -> Callable[[str, torch.Tensor], torch.Tensor | None] | None:
+        if not call.output_grads:
+            return None
+        scale = self.low.scale
+
+        def cotangent(path: str, output: torch.Tensor) -> torch.Tensor | None:
+            grad = call.output_grads.get(path)
+            if grad is None or grad.shape != output.shape:
+                return None
+            grad = widen(grad) / scale
+            return noise(grad) if noise is not None else grad
+
+        return cotangent
+
+    def _parts(self, call: Call) -> dict[str, nn.Module]:
+        """The call's module and what is inside it, by the names of the whole function."""
+        inside = {id(m) for m in call.module.modules()} | {id(c.module) for c in call.subtree()}
+        return {n: m for n, m in self.worlds.names.items() if id(m) in inside}
+
+
+def sample_of(run: Run, names: dict[int, str]) -> Sample:
+    """A perturbed run's tensors by the names that a sheet gives them."""
+    forward = {f"output{path}": t for path, t in run.outputs}
+    backward = {f"grad of input{path}": t for path, t in run.input_grads.items()}
+    backward |= {f"grad of {names[k]}": t for k, t in run.parameter_grads.items() if k in names}
+    return Sample(forward, backward)
+
+
+def match(low: Sequence[Call], true: Sequence[Call]) -> dict[int, Call]:
+    """Each low call's twin in an FP64 run: the call of the same module with the same number of predecessors."""
+    waiting: dict[str, list[Call]] = {}
+    for call in true:
+        waiting.setdefault(call.name, []).append(call)
+    twins: dict[int, Call] = {}
+    for call in low:
+        queue = waiting.get(call.name)
+        if queue:
+            twins[id(call)] = queue.pop(0)
+    return twins
+
+
+def _is_wrapper(call: Call) -> bool:
+    """Whether the call only hands its inputs to one child and that child's outputs back."""
+    if len(call.children) != 1:
+        return False
+    child = call.children[0]
+    if child.end < 0 or len(child.outputs) != len(call.outputs) or not call.outputs:
+        return False
+    from precision_runtime.tree import leaves
+
+    ours, theirs = list(leaves((call.args, call.kwargs))), list(leaves((child.args, child.kwargs)))
+    return len(ours) == len(theirs) and all(
+        _identical(a, b)
+        for a, b in zip([t for _, t in ours + call.outputs], [t for _, t in theirs + child.outputs], strict=True)
+    )
+
+
+def _covers(call: Call, run: Run) -> bool:
+    """Whether the call is the whole function."""
+    return len(call.outputs) == len(run.outputs) and all(
+        _identical(a, b) for (_, a), (_, b) in zip(call.outputs, run.outputs, strict=True)
+    )
+
+
+def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype or a.layout is not torch.strided or a.is_nested:
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _unscaled(grad: torch.Tensor, scale: float) -> torch.Tensor:
+    return grad if scale == 1.0 else grad.to(torch.float64) / scale

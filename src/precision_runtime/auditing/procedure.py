@@ -1,0 +1,397 @@
+"""The audit itself: run the code in the mode, run it in FP64, judge every module call and the whole."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from precision_runtime import forwarding
+from precision_runtime.accelerators import resolve
+from precision_runtime.auditing.blame import findings_of
+from precision_runtime.auditing.discover import find_modules, name_of
+from precision_runtime.auditing.dispatch import LowWatch, TrueDouble
+from precision_runtime.auditing.judge import Judge, Sheet, Yardstick, match, sample_of
+from precision_runtime.auditing.noise import Noise
+from precision_runtime.auditing.originals import Originals
+from precision_runtime.auditing.randomness import reseed, seeded
+from precision_runtime.auditing.recorder import Call, Recorder
+from precision_runtime.auditing.recurrent import noisy_states
+from precision_runtime.auditing.references import Reference, References, Sample
+from precision_runtime.auditing.runs import Run, execute, loss_gradient
+from precision_runtime.auditing.worlds import Worlds, clone, widen_tree
+from precision_runtime.capability import support
+from precision_runtime.casting import TO, cast_module, cast_tree
+from precision_runtime.errors import AuditError, ConfigurationError, UnsupportedError
+from precision_runtime.formats import FORMATS
+from precision_runtime.modes import Mode, parse_mode
+from precision_runtime.record import Finding, Remark, Report
+from precision_runtime.strategies import Strategy, strategy_for
+
+# Loss scales in the order in which a dynamic scaler comes to them from GradScaler's start of 2^16, four halvings at a
+# time: which of them is the first that keeps gradients finite does not matter to within those 4 bits of range.
+SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
+
+
+def audit(
+    function: Callable[..., Any],
+    *args: Any,
+    mode: object,
+    accelerator: object = "cpu",
+    kwargs: Mapping[str, Any] | None = None,
+    gradients: bool = True,
+    budget: float = 2.0,
+    seed: int = 0,
+    originals: Originals | None = None,
+    references: References | None = None,
+    name: str | None = None,
+) -> Report:
+    """Run ``function`` in ``mode`` and in FP64, and judge what the precision cost. There is no tolerance to choose.
+
+    ``function`` is a module, or any callable over modules and tensors; ``args`` and ``kwargs`` are its inputs, any
+    nesting, of any dtype: they are the truth, and are cast as the mode casts. Modules come back as they were, also
+    when user code raises. ``gradients`` judges the backward pass, too, where outputs carry gradients. ``budget`` is the
+    number of bits that may be lost beyond what the mode must lose. Same seed, same verdict.
+
+    ``originals`` are values from before a cast that has already happened; ``references`` share FP64 runs between modes.
+
+    Raises ``UnsupportedError`` where this machine cannot run the mode, ``AuditError`` where the code runs in float32
+    but has no FP64 reference, and whatever the code itself raises when it does not even run in float32.
+    """
+    if not callable(function):
+        raise ConfigurationError(
+            f"audit() got {type(function).__name__} as the function to judge; pass a module or a callable, and its "
+            "inputs after it"
+        )
+    if not budget >= 0:
+        raise ConfigurationError(f"budget={budget!r} is not allowed: the bits that may be lost are a number from 0 up")
+    parsed = parse_mode(mode, "audit(mode=...)")
+    lane = support(parsed, accelerator)
+    if not lane.ok:
+        raise UnsupportedError(f"{parsed} on {lane.accelerator} cannot be audited here: {lane.reason}")
+    device = resolve(lane.accelerator)
+    with seeded(seed, device):
+        trial = _Trial(
+            function, args, dict(kwargs or {}), parsed, strategy_for(parsed, device), lane.status, lane.accelerator,
+            gradients, budget, seed, originals or Originals(), references or References(1), name or name_of(function),
+        )  # fmt: skip
+        return trial.report()
+
+
+class _Trial:
+    def __init__(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode,
+        strategy: Strategy, status: str, accelerator: str, gradients: bool, budget: float, seed: int,
+        originals: Originals, references: References, name: str,
+    ) -> None:  # fmt: skip
+        self.function, self.args, self.kwargs = function, args, kwargs
+        self.mode, self.strategy, self.status, self.accelerator = mode, strategy, status, accelerator
+        self.gradients, self.budget, self.seed = gradients, budget, seed
+        self.originals, self.references, self.name = originals, references, name
+        self.limit = 2.0**budget
+        self.roots = find_modules(function, args, kwargs)
+        self.remarks: list[Remark] = []
+
+    def report(self) -> Report:
+        worlds = Worlds(self.roots, self.originals)
+        try:
+            return self._report(worlds)
+        finally:
+            worlds.restore()
+
+    def _report(self, worlds: Worlds) -> Report:
+        for root in self.roots.values():
+            self._convert(root)
+        worlds.note_low()
+        self._parameters = {id(p): p for m in worlds.names.values() for p in m._parameters.values() if p is not None}
+        try:
+            low = self._low(worlds)
+        except Exception as error:
+            return self._does_not_run(worlds, error)
+        try:
+            reference = self._reference(worlds)
+        except Exception as error:
+            raise self._no_reference(worlds, error) from error
+        judge = self._judge(worlds, low, reference)
+        findings, remarks = findings_of(judge)
+        findings = [*self._not_applied(low), *findings]
+        self.remarks += remarks
+        self.remarks += [Remark("not-judged", text, module) for (module, _), text in judge.remarks.items()]
+        self.remarks += [
+            Remark("known-defect", f"{d.summary} (torch {d.torch_versions}); computed rightly here, {factor:.0f} times one "
+                   "rounding otherwise", op=d.op)
+            for d, factor in self._watch.defects.values()
+        ]  # fmt: skip
+        fallbacks = reference.fallbacks | judge.fallbacks
+        if fallbacks:
+            self.remarks.append(
+                Remark("reference", f"no FP64 kernel for {', '.join(sorted(fallbacks))}: computed in FP32 in the reference")
+            )
+        whole = max((v.score for v in judge.verdicts if v.call is None), default=0.0)
+        scores = [v.score for v in judge.verdicts] + [f.excess for f in findings]
+        return Report(
+            subject=self.name,
+            mode=self.mode.name,
+            accelerator=self.accelerator,
+            status=self.status,
+            budget=self.budget,
+            excess=max(scores, default=0.0),
+            whole=whole,
+            findings=tuple(findings),
+            remarks=tuple(self.remarks),
+            calls=len(low.calls),
+            seed=self.seed,
+            figures={"loss_scale": low.scale} if self.mode.scaled and low.differentiable else {},
+        )
+
+    def _convert(self, root: nn.Module) -> None:
+        if any(forwarding.is_set_up(m) for m in root.modules()):
+            return
+        if self.mode.params != "float64":
+            cast_module(root, _DOUBLE_TO_SINGLE)
+        self.strategy.convert(root)
+
+    # -- the runs ---------------------------------------------------------------------------------------------------
+
+    def _low(self, worlds: Worlds) -> Run:
+        self._watch = LowWatch()
+        gradients = self.gradients
+        for attempt in ("plain", "with gradients"):
+            with worlds.low(), self._watch:
+                reseed(self.seed)
+                args, kwargs = cast_tree(clone((self.args, self.kwargs)), TO[getattr(torch, self.mode.params)])
+                recorder = Recorder(worlds.names, worlds, inputs=True, gradients=gradients, frames=self._watch.frames)
+                try:
+                    return execute(
+                        self.function, args, kwargs, recorder,
+                        cotangent=loss_gradient(self.seed) if gradients else None,
+                        parameters=self._parameters.values(),
+                        scales=SCALES if self.mode.scaled else (1.0,),
+                        forward_context=self._lane,
+                    )  # fmt: skip
+                except RuntimeError as error:
+                    # Code that differentiates by itself (forces, penalties) does not run under no_grad.
+                    if gradients or "does not require grad" not in str(error) or attempt != "plain":
+                        raise
+                    gradients = True
+        raise AssertionError("unreachable")
+
+    @contextmanager
+    def _lane(self) -> Iterator[None]:
+        with self.strategy.autocast():
+            device = self.strategy.device.type
+            if self.mode.autocast and not torch.is_autocast_enabled(device):
+                raise AuditError(f"autocast takes no effect on {device}: torch switched it off silently")
+            yield
+
+    def _true(self, worlds: Worlds, noise: Noise | None = None) -> tuple[Run, TrueDouble]:
+        parameters = noise.parameters(worlds.true_parameters, set(worlds.true_parameters)) if noise else None
+        with worlds.true(parameters=parameters), _double(), TrueDouble() as mode:
+            reseed(self.seed)
+            inputs = widen_tree((self.args, self.kwargs))
+            args, kwargs = noise.inputs(inputs) if noise else inputs
+            skip = self.function if isinstance(self.function, nn.Module) else None
+            recorder = Recorder(
+                worlds.names, worlds, outputs=noise is None, gradients=self._differentiate and noise is None,
+                perturb=noise, skip=skip,
+            )  # fmt: skip
+            plain = loss_gradient(self.seed)
+
+            def incoming(path: str, output: torch.Tensor) -> torch.Tensor | None:
+                grad = plain(path, output)
+                return noise(grad) if noise is not None and grad is not None and grad.numel() > 1 else grad
+
+            with noisy_states(worlds.names.values() if noise else (), noise or Noise(0.0, 0, 0)):
+                run = execute(
+                    self.function, args, kwargs, recorder,
+                    cotangent=incoming if self._differentiate else None,
+                    parameters=self._parameters.values(),
+                )  # fmt: skip
+        return run, mode
+
+    @property
+    def _differentiate(self) -> bool:
+        return self.gradients
+
+    def _reference(self, worlds: Worlds) -> Reference:
+        inputs = widen_tree((self.args, self.kwargs))
+        found = self.references.find(
+            self.name, self.seed, self.gradients, inputs, worlds.true_parameters, worlds.true_buffers
+        )
+        if found is not None:
+            return found
+        from precision_runtime.tree import leaves
+
+        run, mode = self._true(worlds)
+        names = _parameter_names(worlds)
+        entry = Reference(
+            self.name, self.seed, self.gradients, list(leaves(inputs)), list(worlds.true_parameters.values()),
+            list(worlds.true_buffers.values()), run,
+            {names[k]: g for k, g in run.parameter_grads.items() if k in names}, frozenset(mode.fallbacks),
+        )  # fmt: skip
+        self.references.keep(entry)
+        return entry
+
+    # -- judging ----------------------------------------------------------------------------------------------------
+
+    def _judge(self, worlds: Worlds, low: Run, reference: Reference) -> Judge:
+        format_ = self.mode.format
+        # Within one step of the subnormal numbers a value is as right as the format can hold it.
+        step = format_.smallest_subnormal
+        yardstick = Yardstick(format_.unit_roundoff, step, self.limit, self.mode.autocast, self.seed, self._u_of)
+        judge = Judge(worlds, low, yardstick)
+        names = _parameter_names(worlds)
+        judge.true_grads = {k: reference.parameter_grads[n] for k, n in names.items() if n in reference.parameter_grads}
+        sheet = Sheet()
+        theirs = dict(reference.run.outputs)
+        u = self._u_of(None)
+        for path, value in low.outputs:
+            if path in theirs:
+                sheet.add("forward", f"output{path}", value, theirs[path], u, step)
+        if len(theirs) != len(low.outputs):
+            sheet.apart.append(f"{len(low.outputs)} tensors come out in the mode, {len(theirs)} in FP64")
+        for path, grad in low.input_grads.items():
+            if path in reference.run.input_grads:
+                sheet.add("backward", f"grad of input{path}", _unscaled(grad, low.scale), reference.run.input_grads[path], u, 0.0)
+        for key, grad in low.parameter_grads.items():
+            if key in judge.true_grads:
+                sheet.add("backward", f"grad of {names[key]}", _unscaled(grad, low.scale), judge.true_grads[key], u, 0.0)
+
+        def sample(number: int) -> Sample:
+            made = reference.samples.setdefault(u, [])
+            while len(made) <= number:
+                run, _ = self._true(worlds, Noise(u, self.seed, len(made)))
+                made.append(sample_of(run, names))
+            return made[number]
+
+        judge.whole(reference.run, sheet, sample)
+        return judge
+
+    def _u_of(self, call: Call | None) -> float:
+        """The mode's unit roundoff. In 64-true that of the narrowest dtype that the code itself chose inside."""
+        own = self.mode.format.unit_roundoff
+        if self.mode.params != "float64":
+            return own
+        produced = self._watch.produced if call is None else call.dtypes
+        coarsest = [FORMATS[str(d).removeprefix("torch.")].unit_roundoff for d in produced if str(d).removeprefix("torch.") in FORMATS]
+        return max([own, *coarsest])
+
+    def _not_applied(self, low: Run) -> list[Finding]:
+        if not self.mode.low or not self._watch.products:
+            return []
+        target = getattr(torch, self.mode.compute)
+        if target in self._watch.produced:
+            return []
+        ran = ", ".join(sorted(str(d).removeprefix("torch.") for d in self._watch.products))
+        if self.mode.autocast and self._watch.products == {torch.float32}:
+            self.remarks.append(
+                Remark("not-applied", f"no op ran in {self.mode.compute}: the code switches autocast off around all of its products")
+            )
+            return []
+        if not self.mode.autocast and not self._parameters:
+            return []  # a function that upcasts its inputs by itself
+        return [
+            Finding(
+                kind="not-applied", where="forward", module="", op=None, lost_bits=0.0, excess=0.0,
+                message=f"the mode was not applied: no op produced {self.mode.compute}, every matrix product ran in {ran}",
+            )
+        ]  # fmt: skip
+
+    # -- code that does not run -------------------------------------------------------------------------------------
+
+    def _does_not_run(self, worlds: Worlds, error: Exception) -> Report:
+        """The code raised in the mode: a finding where float32 works, otherwise the code's own error."""
+        if isinstance(error, AuditError) or self.mode.params == "float32" and not self.mode.autocast:
+            raise error
+        if self._plain_error(worlds) is not None:
+            raise error
+        where = _user_line(error)
+        finding = Finding(
+            kind="error", where="forward", module=_module_of(error, worlds), op=None, lost_bits=float("inf"), excess=float("inf"),
+            message=f"does not run in this mode: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            + (f" ({where})" if where else ""),
+        )  # fmt: skip
+        return Report(
+            self.name, self.mode.name, self.accelerator, self.status, self.budget, float("inf"), float("inf"),
+            (finding,), tuple(self.remarks), 0, self.seed,
+        )  # fmt: skip
+
+    def _plain_error(self, worlds: Worlds) -> Exception | None:
+        """What the code raises in plain float32, if anything."""
+        single = {k: t.to(torch.float32) if t.dtype == torch.float64 else t for k, t in worlds.true_parameters.items()}
+        buffers = {k: t.to(torch.float32) if t.dtype == torch.float64 else t for k, t in worlds.true_buffers.items()}
+        try:
+            with worlds.true(parameters=single, buffers=buffers), forwarding.suspended():
+                reseed(self.seed)
+                args, kwargs = cast_tree(clone((self.args, self.kwargs)), TO[torch.float32])
+                recorder = Recorder({}, worlds)
+                execute(
+                    self.function, args, kwargs, recorder,
+                    cotangent=loss_gradient(self.seed) if self.gradients else None, parameters=self._parameters.values(),
+                )  # fmt: skip
+        except Exception as error:
+            return error
+        return None
+
+    def _no_reference(self, worlds: Worlds, error: Exception) -> Exception:
+        plain = self._plain_error(worlds)
+        if plain is not None:
+            return plain
+        where = _user_line(error)
+        return AuditError(
+            f"{self.name} runs in {self.mode} and in float32 but not in FP64, so there is no reference: "
+            f"{type(error).__name__}: {error}" + (f" ({where})" if where else "")
+        )
+
+
+_DOUBLE_TO_SINGLE = {torch.float64: torch.float32, torch.complex128: torch.complex64}
+
+
+@contextmanager
+def _double() -> Iterator[None]:
+    """Set-up modules run plainly, autocast is off, and new tensors are FP64."""
+    before = torch.get_default_dtype()
+    with forwarding.suspended():
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+def _parameter_names(worlds: Worlds) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for path, module in worlds.names.items():
+        for name, p in module._parameters.items():
+            if p is not None:
+                names.setdefault(id(p), f"{path}.{name}" if path else name)
+    return names
+
+
+def _unscaled(grad: torch.Tensor, scale: float) -> torch.Tensor:
+    return grad if scale == 1.0 else grad.to(torch.float64) / scale
+
+
+def _user_line(error: BaseException) -> str:
+    """The last frame outside torch and this package: the line that a user can change."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = frame.filename.replace("\\", "/")
+        if "/torch/" not in path and "/precision_runtime/" not in path and not path.startswith("<"):
+            return f"{path.rpartition('/')[2]}:{frame.lineno}: {frame.line}"
+    return ""
+
+
+def _module_of(error: BaseException, worlds: Worlds) -> str:
+    """The innermost module whose code was running when the error was raised."""
+    names = {id(m): n for n, m in worlds.names.items()}
+    trace, found = error.__traceback__, ""
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in names:
+            found = names[id(owner)]
+        trace = trace.tb_next
+    return found

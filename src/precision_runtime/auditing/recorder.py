@@ -1,0 +1,158 @@
+"""Records every module call of one run: inputs, outputs, gradients at its border, random state, own state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from precision_runtime.auditing.randomness import RandomState
+from precision_runtime.auditing.worlds import Worlds, clone
+from precision_runtime.tree import leaves, map_tensors
+
+Perturb = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of one module. Tensors are detached copies; gradients are those of this call alone."""
+
+    name: str
+    module: nn.Module
+    parent: Call | None
+    start: int  # order in which calls began
+    index: int  # which call of this module in the run, from 0
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    rng: RandomState | None = None
+    state: dict[tuple[int, str], Any] = field(default_factory=dict)
+    outputs: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    input_grads: dict[str, torch.Tensor] = field(default_factory=dict)
+    output_grads: dict[str, torch.Tensor] = field(default_factory=dict)
+    children: list[Call] = field(default_factory=list)
+    dtypes: set[torch.dtype] = field(default_factory=set)  # floating dtypes that ops inside produced
+    end: int = -1  # order in which calls ended; -1 while open, or when the call raised
+
+    def subtree(self) -> list[Call]:
+        """This call and every call inside it, in the order in which they began."""
+        out = [self]
+        for child in self.children:
+            out += child.subtree()
+        return out
+
+
+class Recorder:
+    """Hooks on every module for the time of one run.
+
+    ``inputs`` keeps what a later replay of a call needs; ``outputs`` keeps results; ``gradients`` keeps gradients at
+    each call's border, apart for each use of a tensor: inputs and outputs are replaced by views of their own.
+    ``perturb`` is applied to the output of every call but the outermost ``skip`` ones, and to gradients there.
+    ``frames`` is a stack that a dispatch mode fills with the dtypes produced in the open call.
+    """
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], worlds: Worlds, *, inputs: bool = False, outputs: bool = True,
+        gradients: bool = False, perturb: Perturb | None = None, skip: nn.Module | None = None,
+        frames: list[set[torch.dtype]] | None = None,
+    ) -> None:  # fmt: skip
+        self.modules, self.worlds = modules, worlds
+        self.inputs, self.outputs, self.gradients = inputs, outputs, gradients
+        self.perturb, self.skip, self.frames = perturb, skip, frames
+        self.calls: list[Call] = []
+        self.active = True  # off while backward runs: recomputed segments would be recorded twice
+        self._open: list[Call] = []
+        self._counts: dict[int, int] = {}
+        self._ends = 0
+        self._handles: list[Any] = []
+        self._names = {id(m): n for n, m in modules.items()}
+        self._parts = {id(m): list(m.modules()) for m in modules.values()} if inputs else {}
+
+    def __enter__(self) -> Recorder:
+        for module in self.modules.values():
+            self._handles.append(module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.active:
+            return None
+        index = self._counts.get(id(module), 0)
+        self._counts[id(module)] = index + 1
+        call = Call(
+            self._names[id(module)], module, self._open[-1] if self._open else None, len(self.calls), index
+        )
+        self.calls.append(call)
+        if call.parent is not None:
+            call.parent.children.append(call)
+        self._open.append(call)
+        if self.frames is not None:
+            self.frames.append(call.dtypes)
+        if self.inputs:
+            call.args, call.kwargs = clone((args, kwargs))
+            call.rng = RandomState.capture()
+            call.state = self.worlds.changed_state(self._parts[id(module)])
+        if self.gradients and torch.is_grad_enabled():
+            return _with_own_views((args, kwargs), call.input_grads)
+        return None
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if not self.active or not any(call.module is module for call in self._open):
+            return None
+        while True:  # calls that raised, and whose caller caught it, are still open
+            call = self._open.pop()
+            if self.frames is not None:
+                self.frames.pop()
+                if call.parent is not None:
+                    call.parent.dtypes |= call.dtypes
+            if call.module is module:
+                break
+        call.end = self._ends
+        self._ends += 1
+        changed = False
+        if self.perturb is not None and not (call.parent is None and module is self.skip):
+            output = map_tensors(self._disturb, output, objects=False)
+            changed = True
+        if self.outputs:
+            call.outputs = [(path, t.detach().clone()) for path, t in leaves(output)]
+        if self.gradients and torch.is_grad_enabled():
+            output = _with_own_views(output, call.output_grads)
+            changed = True
+        return output if changed else None
+
+    def _disturb(self, t: torch.Tensor) -> torch.Tensor:
+        assert self.perturb is not None
+        new = self.perturb(t)
+        if new is not t and new.requires_grad:
+            new.register_hook(self.perturb)
+        return new
+
+
+def _with_own_views(value: Any, grads: dict[str, torch.Tensor]) -> Any:
+    """Replace each tensor that carries a gradient by a view of itself whose gradient lands in ``grads`` by path.
+
+    A tensor used in two places has one gradient, the sum; its views have one each.
+    """
+    paths = {id(t): path for path, t in leaves(value, objects=False)}
+
+    def view(t: torch.Tensor) -> torch.Tensor:
+        if not t.requires_grad or not (t.is_floating_point() or t.is_complex()) or t.layout is not torch.strided:
+            return t
+        if t.is_nested:
+            return t
+        own = t.view_as(t)
+        path = paths.get(id(t), "")
+
+        def keep(grad: torch.Tensor) -> None:
+            grads[path] = grad.detach().clone()
+
+        own.register_hook(keep)
+        return own
+
+    return map_tensors(view, value, objects=False)

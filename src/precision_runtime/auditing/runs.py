@@ -1,0 +1,129 @@
+"""Execute a function once, forward and (where asked) backward, under a recorder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from precision_runtime.auditing.recorder import Call, Recorder
+from precision_runtime.tree import leaves, map_tensors
+
+Cotangent = Callable[[str, torch.Tensor], "torch.Tensor | None"]
+
+
+@dataclass(eq=False)
+class Run:
+    """The results of one execution. Gradients are those of the loss, unscaled by whoever reads ``scale``."""
+
+    outputs: list[tuple[str, torch.Tensor]]
+    calls: list[Call] = field(default_factory=list)
+    input_grads: dict[str, torch.Tensor] = field(default_factory=dict)
+    parameter_grads: dict[int, torch.Tensor] = field(default_factory=dict)
+    scale: float = 1.0
+    differentiable: bool = False
+    backward_error: BaseException | None = None
+
+
+def execute(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    recorder: Recorder,
+    *,
+    cotangent: Cotangent | None = None,
+    parameters: Iterable[nn.Parameter] = (),
+    scales: Sequence[float] = (1.0,),
+    forward_context: Callable[[], Any] | None = None,
+) -> Run:
+    """Run ``function``; with ``cotangent``, differentiate its outputs with respect to floating inputs and parameters.
+
+    ``cotangent(path, output)`` gives each output's incoming gradient, or None to leave it out. ``scales`` are loss
+    scales in the order in which a dynamic scaler would come to them: the first that keeps every gradient finite counts.
+    The inputs are copied, so that in-place code changes copies only.
+    """
+    sources: list[tuple[str, torch.Tensor]] = []
+    paths = {id(t): path for path, t in leaves((args, kwargs), objects=False)}
+
+    def own(t: torch.Tensor) -> torch.Tensor:
+        t = t.detach()
+        if cotangent is None or not (t.is_floating_point() or t.is_complex()) or t.layout is not torch.strided:
+            return t.clone()
+        return t.clone()
+
+    def leaf(t: torch.Tensor) -> torch.Tensor:
+        new = own(t)
+        if cotangent is None or id(t) not in paths or not (t.is_floating_point() or t.is_complex()):
+            return new
+        new.requires_grad_(True)
+        sources.append((paths[id(t)], new))
+        return new.clone()  # not a leaf, so that in-place code still works
+
+    grad = cotangent is not None
+    with torch.set_grad_enabled(grad):
+        args, kwargs = map_tensors(leaf, (tuple(args), dict(kwargs)))
+    try:
+        with recorder:
+            if forward_context is None:
+                with torch.set_grad_enabled(grad):
+                    result = function(*args, **kwargs)
+            else:
+                with torch.set_grad_enabled(grad), forward_context():
+                    result = function(*args, **kwargs)
+    finally:
+        recorder.active = False
+    outputs = list(leaves(result))
+    run = Run([(path, t.detach().clone()) for path, t in outputs], recorder.calls)
+    if cotangent is None:
+        return run
+    incoming = [(t, c) for path, t in outputs if t.requires_grad for c in (cotangent(path, t),) if c is not None]
+    wanted = list({id(p): p for p in parameters if p.requires_grad}.values())
+    targets = [t for _, t in sources] + wanted
+    if not incoming or not targets:
+        return run
+    run.differentiable = True
+    found: Sequence[torch.Tensor | None] = ()
+    for scale in scales:
+        found = torch.autograd.grad(
+            [t for t, _ in incoming],
+            targets,
+            [_scaled(c, scale, t) for t, c in incoming],
+            allow_unused=True,
+            retain_graph=scale != scales[-1],
+        )
+        run.scale = scale
+        if len(scales) == 1 or all(bool(torch.isfinite(g).all()) for g in found if g is not None):
+            break
+    for (path, _), g in zip(sources, found[: len(sources)], strict=True):
+        if g is not None:
+            run.input_grads[path] = g.detach().clone()
+    for p, g in zip(wanted, found[len(sources) :], strict=True):
+        if g is not None:
+            run.parameter_grads[id(p)] = g.detach().clone()
+    return run
+
+
+def loss_gradient(seed: int) -> Cotangent:
+    """The incoming gradient that stands for a user's loss: 1 for a scalar, values from 0.75 to 1.25 otherwise.
+
+    Coherent in sign, as the gradient of a mean is, but not constant: a constant is exactly what softmax and norms
+    cancel. The values are multiples of 2^-6, exact in every format from bfloat16 on.
+    """
+
+    def cotangent(path: str, output: torch.Tensor) -> torch.Tensor | None:
+        if output.numel() == 0:
+            return None
+        if output.numel() == 1:
+            return torch.ones(output.shape, dtype=torch.float64, device=output.device)
+        generator = torch.Generator().manual_seed(seed + sum(map(ord, path)))
+        steps = torch.randint(0, 33, tuple(output.shape), generator=generator)
+        return ((steps + 48).to(torch.float64) / 64).to(output.device)
+
+    return cotangent
+
+
+def _scaled(cotangent: torch.Tensor, scale: float, output: torch.Tensor) -> torch.Tensor:
+    return (cotangent * scale).to(output.dtype) if scale != 1.0 else cotangent.to(output.dtype)

@@ -1,0 +1,246 @@
+"""One set of module objects, two worlds: the mode's own tensors, and the true FP64 ones.
+
+The objects stay the same (closures, tied weights, hooks and methods keep working); only the tensors behind parameters
+and buffers are exchanged, and everything is put back in the end, also when user code raises.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from precision_runtime.auditing.dispatch import WIDE
+from precision_runtime.auditing.originals import Originals
+from precision_runtime.tree import leaves, map_tensors
+
+# torch's own bookkeeping in a module's __dict__; hooks are ours and users', and survive.
+_INTERNAL = frozenset(k for k in vars(nn.Module()) if k != "training")
+_MISSING = object()
+
+
+@dataclass
+class _Shelf:
+    """What one module holds, shallowly; containers and tensors with a copy of their content."""
+
+    module: nn.Module
+    parameters: dict[str, nn.Parameter | None]
+    buffers: dict[str, torch.Tensor | None]
+    modules: dict[str, nn.Module | None]
+    attributes: dict[str, Any]
+    contents: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Shelf:
+        attributes = {k: v for k, v in vars(module).items() if k not in _INTERNAL}
+        shelf = cls(module, dict(module._parameters), dict(module._buffers), dict(module._modules), attributes)
+        for key, value in attributes.items():
+            if isinstance(value, torch.Tensor):
+                shelf.contents[key] = (value.detach().clone(), value._version)
+            elif isinstance(value, (list, dict, set, deque)):
+                shelf.contents[key] = clone(value)
+        return shelf
+
+    def put_attributes_back(self) -> None:
+        now = vars(self.module)
+        for key in [k for k in now if k not in _INTERNAL and k not in self.attributes]:
+            del now[key]
+        for key, value in self.attributes.items():
+            if now.get(key, _MISSING) is not value:
+                now[key] = value
+            if key in self.contents:
+                _refill(value, self.contents[key])
+
+
+class Worlds:
+    """The modules of one audited function, with their state before the audit, in the mode, and in FP64."""
+
+    def __init__(self, roots: Mapping[str, nn.Module], originals: Originals) -> None:
+        self.names: dict[str, nn.Module] = {}
+        seen: set[int] = set()
+        for root_name, root in roots.items():
+            for name, module in root.named_modules():
+                if id(module) not in seen:
+                    seen.add(id(module))
+                    self.names[".".join(filter(None, (root_name, name)))] = module
+        self._modules = list(self.names.values())
+        self._shelves = [_Shelf.of(m) for m in self._modules]
+        self._base = self._shelves
+        self._parameters = {id(p): p for m in self._modules for p in m._parameters.values() if p is not None}
+        self._data = {k: p.data for k, p in self._parameters.items()}
+        self._grads = {k: p.grad for k, p in self._parameters.items()}
+        self._buffers = {
+            id(b): (b, b.detach().clone(), b._version)
+            for m in self._modules for b in m._buffers.values() if b is not None
+        }  # fmt: skip
+        self.true_parameters: dict[int, torch.Tensor] = {}
+        self.true_buffers: dict[tuple[int, str], torch.Tensor] = {}
+        self.low_parameters: dict[int, torch.Tensor] = {}
+        self.low_buffers: dict[tuple[int, str], torch.Tensor] = {}
+        shared: dict[int, torch.Tensor] = {}
+        for module in self._modules:
+            for name, p in module._parameters.items():
+                if p is not None and id(p) not in self.true_parameters:
+                    self.true_parameters[id(p)] = widen(originals.truth(module, name, p.data))
+            for name, b in module._buffers.items():
+                if b is not None:
+                    if id(b) not in shared:
+                        shared[id(b)] = widen(originals.truth(module, name, b))
+                    self.true_buffers[id(module), name] = shared[id(b)]
+
+    def note_low(self) -> None:
+        """Take the present tensors (after the mode's cast) as the low world."""
+        self._base = [_Shelf.of(m) for m in self._modules]
+        for module in self._modules:
+            for p in module._parameters.values():
+                if p is not None:
+                    self._parameters.setdefault(id(p), p)
+                    self.low_parameters[id(p)] = p.data
+            for name, b in module._buffers.items():
+                if b is not None:
+                    self.low_buffers[id(module), name] = b.detach().clone()
+
+    @contextmanager
+    def low(self) -> Iterator[None]:
+        """The mode's own tensors, fresh."""
+        self._enter(self.low_parameters, self.low_buffers)
+        try:
+            yield
+        finally:
+            self._reset_attributes()
+
+    @contextmanager
+    def true(
+        self, parameters: Mapping[int, torch.Tensor] | None = None,
+        buffers: Mapping[tuple[int, str], torch.Tensor] | None = None,
+        state: Mapping[tuple[int, str], Any] | None = None,
+    ) -> Iterator[None]:  # fmt: skip
+        """The FP64 tensors, fresh; some of them, or attributes, replaced by what is given."""
+        self._enter({**self.true_parameters, **(parameters or {})}, {**self.true_buffers, **(buffers or {})})
+        for (key, name), value in (state or {}).items():
+            module = self._by_id[key]
+            value = widen_tree(value)
+            if name in module._buffers:
+                module._buffers[name] = value
+            else:
+                vars(module)[name] = value
+        try:
+            yield
+        finally:
+            self._reset_attributes()
+
+    def restore(self) -> None:
+        """Put back every tensor, gradient and attribute as it was before the audit."""
+        for shelf in self._shelves:
+            module = shelf.module
+            for now, before in (
+                (module._parameters, shelf.parameters),
+                (module._buffers, shelf.buffers),
+                (module._modules, shelf.modules),
+            ):
+                if dict(now) != before if now is module._modules else not _same(now, before):
+                    now.clear()  # type: ignore[attr-defined]
+                    now.update(before)  # type: ignore[arg-type]
+            shelf.put_attributes_back()
+        for key, data in self._data.items():
+            self._parameters[key].data = data
+            self._parameters[key].grad = self._grads[key]
+        for buffer, value, version in self._buffers.values():
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(value)
+
+    def changed_state(self, modules: list[nn.Module]) -> dict[tuple[int, str], Any]:
+        """Buffers and attributes of ``modules`` that differ from a fresh world's, as copies: a call's own state."""
+        changed: dict[tuple[int, str], Any] = {}
+        for module in modules:
+            for name, b in module._buffers.items():
+                fresh = self._fresh.get((id(module), name))
+                if b is not None and (fresh is None or fresh[0] is not b or b._version != fresh[1]):
+                    changed[id(module), name] = clone(b)
+            shelf = self._shelf_of[id(module)]
+            for key, value in vars(module).items():
+                if key in _INTERNAL:
+                    continue
+                before = shelf.attributes.get(key, _MISSING)
+                if value is not before and not isinstance(value, nn.Module):
+                    changed[id(module), key] = clone(value)
+                elif isinstance(value, torch.Tensor) and value._version != shelf.contents[key][1]:
+                    changed[id(module), key] = clone(value)
+                elif isinstance(value, (list, dict, set, deque)) and len(value) != len(shelf.contents[key]):
+                    changed[id(module), key] = clone(value)
+        return changed
+
+    def _enter(
+        self, parameters: Mapping[int, torch.Tensor], buffers: Mapping[tuple[int, str], torch.Tensor]
+    ) -> None:
+        self._by_id = {id(m): m for m in self._modules}
+        self._shelf_of = {id(s.module): s for s in self._base}
+        self._reset_attributes()
+        for key, p in self._parameters.items():
+            p.grad = None
+            if key in parameters:
+                p.data = parameters[key]
+        copies: dict[int, torch.Tensor] = {}
+        self._fresh: dict[tuple[int, str], tuple[torch.Tensor, int]] = {}
+        for (key, name), value in buffers.items():
+            new = copies.setdefault(id(value), value.clone())
+            self._by_id[key]._buffers[name] = new
+            self._fresh[key, name] = (new, new._version)
+
+    def _reset_attributes(self) -> None:
+        for shelf in self._base:
+            shelf.put_attributes_back()
+            if len(shelf.module._buffers) != len(shelf.buffers):
+                for name in [n for n in shelf.module._buffers if n not in shelf.buffers]:
+                    del shelf.module._buffers[name]
+            for name, b in shelf.buffers.items():
+                if b is None:
+                    shelf.module._buffers[name] = None
+
+
+def widen(t: torch.Tensor) -> torch.Tensor:
+    """A copy in FP64 (complex128); integers and bools are copied as they are."""
+    t = t.detach()
+    return t.to(WIDE[t.dtype]) if t.dtype in WIDE else t.clone()
+
+
+def widen_tree(value: Any) -> Any:
+    """Every tensor of a container or cache object, widened; containers are new."""
+    return map_tensors(widen, value)
+
+
+def clone(value: Any) -> Any:
+    """Every tensor of a container or cache object, cloned and detached; containers are new."""
+    return map_tensors(lambda t: t.detach().clone(), value)
+
+
+def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return len(a) == len(b) and all(k in b and b[k] is v for k, v in a.items())
+
+
+def _refill(value: Any, content: Any) -> None:
+    """Give a container or tensor back the content that it had, keeping its identity."""
+    if isinstance(value, torch.Tensor):
+        kept, version = content
+        if value._version != version and kept.shape == value.shape:
+            with torch.no_grad():
+                value.copy_(kept)
+        return
+    if not any(True for _ in leaves(content)) and value == content:
+        return
+    fresh = clone(content)
+    if isinstance(value, dict):
+        value.clear()
+        value.update(fresh)
+    elif isinstance(value, (list, deque)):
+        value.clear()
+        value.extend(fresh)
+    elif isinstance(value, set):
+        value.clear()
+        value.update(fresh)
