@@ -1,0 +1,88 @@
+"""Lends a test its context: skips what the machine cannot do, isolates the rest, and records what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_precision.lanes import Lane, parse_selection
+from pytest_precision.marker import parse_mark
+from pytest_precision.matrix import matrix_of
+from pytest_precision.outcome import OUTCOME, Outcome, outcome_of, start
+from pytest_precision.plugin import FIXTURE
+from pytest_precision.problems import Problems
+from pytest_precision.references import references_of
+from pytest_precision.settings import settings_of
+
+if TYPE_CHECKING:
+    from pytest_precision.context import PrecisionContext
+
+
+def lend(request: pytest.FixtureRequest) -> Iterator[PrecisionContext]:
+    """The body of the fixture ``precision_ctx``."""
+    from precision_runtime import support
+
+    item = request.node
+    lane = _lane(request)
+    outcome = outcome_of(item)
+    if outcome is None:
+        outcome = item.stash[OUTCOME] = start(item, lane)
+    answer = support(lane.mode, lane.accelerator)
+    outcome.accelerator, outcome.status = answer.accelerator, answer.status
+    if not answer.ok:
+        item.user_properties.extend(outcome.properties())
+        pytest.skip(f"{lane.mode} on {answer.accelerator}: {answer.reason}")
+
+    from pytest_precision.context import PrecisionContext
+    from pytest_precision.isolation import isolated
+
+    problems = Problems()
+    marked = parse_mark(item.get_closest_marker("precision"), problems)
+    if problems:  # only where a user's own parametrisation kept the marker from being read at collection
+        pytest.fail(problems.text(), pytrace=False)
+    references, case = references_of(item.config), outcome.case
+    with ExitStack() as stack:
+        stack.callback(_note, item, outcome)
+        stack.enter_context(isolated())
+        context = PrecisionContext(
+            lane.mode,
+            answer.accelerator,
+            budget=settings_of(item.config).budget if marked.budget is None else float(marked.budget),
+            gradients=marked.gradients is not False,
+            references=lambda number: references.at(case, number),
+            record=lambda report: outcome.checks.append(report.to_dict()),
+        )
+        if lane.ambient:
+            stack.enter_context(context.ambient())
+        yield context
+
+
+def _note(item: pytest.Item, outcome: Outcome) -> None:
+    item.user_properties.extend(outcome.properties())
+
+
+def _lane(request: pytest.FixtureRequest) -> Lane:
+    """The lane in ``request.param``: ours, or the name of one in a user's own indirect parametrisation."""
+    given = getattr(request, "param", None)
+    if isinstance(given, Lane):
+        return given
+    if given is None:
+        pytest.fail(
+            f"{FIXTURE} has no lane here: it was asked for while the test runs (getfixturevalue), where a test cannot "
+            "be spread any more. Name it among the test's arguments, or mark the test with @pytest.mark.precision.",
+            pytrace=False,
+        )
+    problems = Problems()
+    where = f"the parametrisation of {FIXTURE}"
+    selection = parse_selection(str(given), where, problems)
+    if not problems and (len(selection.rules) != 1 or len(selection.modes()) != 1):
+        problems.add(f"{where} has {given!r}, which is not one mode or one mode@accelerator")
+    if problems:
+        pytest.fail(problems.text(), pytrace=False)
+    (mode,) = selection.modes()
+    accelerator = selection.rules[0].accelerator
+    default = matrix_of(request.config).machine.default()
+    return Lane(mode, accelerator or default, accelerator in (None, default))

@@ -1,0 +1,90 @@
+"""One test in one lane, as its reports told it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import pytest
+
+Verdict = Literal["", "pass", "FAIL", "skip", "xfail", "xpass", "error", "crash"]
+RAN = ("pass", "FAIL", "xfail", "xpass")
+
+
+class Row:
+    """The verdict of a test in a lane, with what its checks found. Reports arrive phase by phase."""
+
+    def __init__(self, nodeid: str) -> None:
+        self.nodeid = nodeid
+        self.verdict: Verdict = ""
+        self.reason = ""
+        self.data: dict[str, Any] = {}
+
+    def take(self, report: pytest.TestReport, data: dict[str, Any] | None) -> None:
+        """Take in one phase. A report of no known phase is what xdist makes of a killed worker."""
+        self.data = data or self.data
+        if report.when not in ("setup", "call", "teardown"):
+            self.verdict, self.reason = "crash", "the worker was killed"
+        elif hasattr(report, "wasxfail"):
+            self.verdict = "xfail" if report.skipped else "xpass"
+            self.reason = str(report.wasxfail).removeprefix("reason: ")
+        elif report.skipped:
+            self.verdict, self.reason = "skip", _reason(report)
+        elif report.failed:
+            if report.when == "call":
+                self.verdict = "FAIL"
+            elif self.verdict in ("", "pass"):
+                self.verdict = "error"
+        elif report.when == "call":
+            self.verdict = "pass"
+
+    @property
+    def ran(self) -> bool:
+        """Whether the test's own code ran to an end in the lane."""
+        return self.verdict in RAN
+
+    @property
+    def case(self) -> str:
+        """Node id without the lane."""
+        return str(self.data["case"])
+
+    @property
+    def lane(self) -> str:
+        """The lane as test ids have it."""
+        return str(self.data["lane"])
+
+    @property
+    def mode(self) -> str:
+        """The mode's name."""
+        return str(self.data["mode"])
+
+    @property
+    def accelerator(self) -> str:
+        """The accelerator's name; ``auto`` where the set-up never came to look."""
+        return str(self.data["accelerator"])
+
+    @property
+    def status(self) -> str:
+        """How the lane runs: native, emulated, simulated, unsupported, or empty."""
+        return str(self.data["status"])
+
+    @property
+    def checks(self) -> Sequence[Mapping[str, Any]]:
+        """The audits' reports as dicts."""
+        return list(self.data["checks"])
+
+    @property
+    def lost_bits(self) -> float | None:
+        """The most bits that a check lost; None when nothing was checked."""
+        return max((float(check["lost_bits"]) for check in self.checks), default=None)
+
+    @property
+    def failed_check(self) -> Mapping[str, Any] | None:
+        """The first check that found something."""
+        return next((check for check in self.checks if check["findings"]), None)
+
+
+def _reason(report: pytest.TestReport) -> str:
+    if isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2]).removeprefix("Skipped: ")
+    return str(report.longrepr)

@@ -1,0 +1,142 @@
+"""The terminal's summary: tests by lanes with lost bits, the reasons for skips, and the findings, worst first."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import pytest
+
+from precision_runtime.modes import MODES
+from precision_runtime.record import Report, bits
+from pytest_precision.report.demands import unmet
+from pytest_precision.report.row import Row
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+MOST_CASES = 40  # shown without -v; two screens
+CELL = 12  # columns that a lane takes: the longest mode name and its padding
+CASE = 24  # columns that are left for the test's name at least
+
+STYLES = {"pass": "green", "FAIL": "bold red", "error": "bold red", "crash": "bold red", "xfail": "yellow",
+          "xpass": "yellow", "skip": "dim", "": "dim"}  # fmt: skip
+WORDS = {"pass": "hold", "FAIL": "fail", "error": "in error", "crash": "crashed", "xfail": "known to fail",
+         "xpass": "unexpectedly hold", "skip": "skipped"}  # fmt: skip
+
+
+def summarise(reporter: pytest.TerminalReporter, config: pytest.Config, rows: Sequence[Row]) -> None:
+    """Write the section. Without any row, only what the run owes."""
+    demands = unmet(config, rows)
+    if not rows and not demands:
+        return
+    reporter.section("precision", sep="=")
+    if rows:
+        reporter.write_line(headline(rows))
+        writer = config.get_terminal_writer()
+        everything = config.get_verbosity() > 0
+        for text in tables(rows, writer.fullwidth, writer.hasmarkup, everything):
+            reporter.write_line("")
+            reporter.write_line(text)
+        for line in [*skips(rows), *findings(rows)]:
+            reporter.write_line(line)
+    for line in demands:
+        reporter.write_line(f"precision: {line}", red=True, bold=True)
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """``3 tests x 6 lanes: 12 hold, 4 fail, 2 skipped``."""
+    counts = Counter(row.verdict for row in rows)
+    told = [f"{counts[verdict]} {word}" for verdict, word in WORDS.items() if counts[verdict]]  # type: ignore[index]
+    cases, lanes = len({row.case for row in rows}), len({row.lane for row in rows})
+    return f"{_count(cases, 'test')} x {_count(lanes, 'lane')}: {', '.join(told) or 'nothing ran'} (figures: lost bits)"
+
+
+def tables(rows: Sequence[Row], width: int, colour: bool, everything: bool) -> list[str]:
+    """The matrix as text; lanes that do not fit beside each other go into further tables."""
+    from rich.console import Console
+
+    lanes = _lanes(rows)
+    cells = {(row.case, row.lane): row for row in rows}
+    cases = sorted({row.case for row in rows})
+    shown = cases
+    if not everything and len(cases) > MOST_CASES:
+        quiet = {case for case in cases if all(row.verdict == "pass" for row in rows if row.case == case)}
+        shown = [case for case in cases if case not in quiet][:MOST_CASES]
+    abreast = max(1, (width - CASE) // CELL)
+    texts = []
+    for start in range(0, len(lanes), abreast):
+        table = _table(cells, shown, lanes[start : start + abreast], rows)
+        paper = io.StringIO()
+        system = "standard" if colour else None
+        Console(file=paper, width=width, force_terminal=colour, color_system=system, legacy_windows=False).print(table)
+        texts.append("\n".join(line.rstrip() for line in paper.getvalue().rstrip().split("\n")))
+    if len(shown) < len(cases):
+        texts.append(f"{len(cases) - len(shown)} more tests are not shown; -v shows all")
+    return texts
+
+
+def skips(rows: Iterable[Row]) -> list[str]:
+    """One line for each lane and reason."""
+    counts = Counter((row.lane, row.reason) for row in rows if row.verdict == "skip")
+    return [f"skipped {lane} ({_count(n, 'test')}): {reason}" for (lane, reason), n in sorted(counts.items())]
+
+
+def findings(rows: Iterable[Row]) -> list[str]:
+    """One line for each failed lane, most lost bits first, with the most upstream finding of its first failed check."""
+    failed = [(row, row.failed_check) for row in rows if row.verdict == "FAIL"]
+    told = [(row, Report.from_dict(dict(check))) for row, check in failed if check is not None]
+    told.sort(key=lambda pair: (-_finite(pair[1].lost_bits), pair[0].nodeid))
+    lines = []
+    for row, report in told:
+        more = f" (and {len(report.findings) - 1} more)" if len(report.findings) > 1 else ""
+        lines.append(f"{row.nodeid}: {bits(report.lost_bits)}; {report.findings[0].title()}{more}")
+    return ["", "findings, worst first:", *(f"  {line}" for line in lines)] if lines else []
+
+
+def cell(row: Row | None) -> Text:
+    """What stands in the matrix for one test in one lane."""
+    from rich.text import Text
+
+    if row is None:
+        return Text("")
+    lost = row.lost_bits if row.verdict in ("pass", "FAIL", "xfail", "xpass") else None
+    if row.verdict == "FAIL" and row.failed_check is None:  # it failed for another reason than precision
+        lost = None
+    figure = "" if lost is None else f"{lost:.1f}"
+    words = figure if row.verdict == "pass" and figure else f"{row.verdict} {figure}".strip()
+    return Text(words or "?", style=STYLES[row.verdict])
+
+
+def _table(cells: dict[tuple[str, str], Row], cases: Sequence[str], lanes: Sequence[str], rows: Sequence[Row]) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, safe_box=True, show_edge=False, pad_edge=False, padding=(0, 1))
+    table.add_column(Text("test"), overflow="fold", min_width=CASE - 4)
+    for lane in lanes:
+        how = sorted({row.status for row in rows if row.lane == lane} - {"", "native", "unsupported"})
+        table.add_column(Text("\n".join([lane, *how])), justify="right", no_wrap=True)
+    for case in cases:
+        table.add_row(Text(case), *(cell(cells.get((case, lane))) for lane in lanes))
+    return table
+
+
+def _lanes(rows: Iterable[Row]) -> list[str]:
+    """Lanes in the order of the modes' table, the default accelerator's before others."""
+    order = {mode: place for place, mode in enumerate(MODES)}
+    lanes = {row.lane: (row.lane.partition("@")[2], order.get(row.mode, len(order))) for row in rows}
+    return sorted(lanes, key=lanes.__getitem__)
+
+
+def _finite(value: float) -> float:
+    return 1e9 if math.isinf(value) or math.isnan(value) else value
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
