@@ -1,0 +1,92 @@
+"""Can this machine run a mode on an accelerator, and how: natively, by emulation, or not at all. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from precision_runtime.accelerators import Machine, machine, name_of
+from precision_runtime.modes import Mode, parse_mode
+
+Status = Literal["native", "emulated", "unsupported"]
+
+
+@dataclass(frozen=True)
+class Support:
+    """How a mode runs on an accelerator, and why. ``reason`` is for people and says what to do where it does not."""
+
+    mode: str
+    accelerator: str
+    status: Status
+    reason: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether the mode can run at all."""
+        return self.status != "unsupported"
+
+    def __str__(self) -> str:
+        return f"{self.mode} on {self.accelerator}: {self.status} ({self.reason})"
+
+
+def support(mode: object, accelerator: object = "auto") -> Support:
+    """Say whether this machine runs ``mode`` on ``accelerator``, found by trying it; a bad answer is no exception.
+
+    The probes run once per process. Raises ``UnknownNameError`` for names that do not exist.
+    """
+    parsed = parse_mode(mode)
+    name = name_of(accelerator)
+    here = machine()
+    for check in _CHECKS:
+        answer = check(here, parsed, name)
+        if answer is not None:
+            return Support(parsed.name, name, *answer)
+    what = f"{parsed.compute} autocast" if parsed.autocast else f"{parsed.compute} arithmetic"
+    return Support(parsed.name, name, "native", f"{what} was tried on this machine and works")
+
+
+Check = Callable[[Machine, Mode, str], "tuple[Status, str] | None"]
+
+
+def _present(here: Machine, mode: Mode, name: str) -> tuple[Status, str] | None:
+    reason = here.missing(name)
+    return None if reason is None else ("unsupported", reason)
+
+
+def _arithmetic(here: Machine, mode: Mode, name: str) -> tuple[Status, str] | None:
+    for dtype in dict.fromkeys((mode.params, mode.compute)):
+        error = here.product_error(name, dtype)
+        if error is not None:
+            advice = _ADVICE.get((name, dtype), "choose another mode or accelerator")
+            return "unsupported", f"{name} cannot compute in {dtype} ({error}); {advice}"
+    return None
+
+
+def _autocasts(here: Machine, mode: Mode, name: str) -> tuple[Status, str] | None:
+    if not mode.autocast:
+        return None
+    result = here.autocast_result(name, mode.compute)
+    if result == mode.compute:
+        return None
+    return (
+        "unsupported",
+        f"autocast to {mode.compute} takes no effect on {name}: a product that should be {mode.compute} gave {result}; "
+        "use a true mode, or another accelerator",
+    )
+
+
+def _emulated(here: Machine, mode: Mode, name: str) -> tuple[Status, str] | None:
+    reason = here.emulation(name, mode.compute)
+    return None if reason is None else ("emulated", reason)
+
+
+_CHECKS: tuple[Check, ...] = (_present, _arithmetic, _autocasts, _emulated)
+
+_ADVICE = MappingProxyType(
+    {
+        ("mps", "float64"): "Metal has no float64: run 64-true with accelerator='cpu'",
+        ("mps", "bfloat16"): "bfloat16 takes macOS 14 and an M-series chip: use a float16 mode, or accelerator='cpu'",
+    }
+)

@@ -1,0 +1,156 @@
+"""How ``setup`` gives a module its mode: the same object, with an instance attribute ``forward`` that casts.
+
+No wrapper: isinstance, attributes, hooks and state_dict keys stay. The attribute is an object of a plain class, so a
+set-up model can be pickled and deep-copied, and the copy calls its own forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextvars import ContextVar, Token
+from types import MethodType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from precision_runtime.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from precision_runtime.strategies import Strategy
+
+_SUSPENDED: ContextVar[bool] = ContextVar("precision_runtime_suspended", default=False)
+
+
+class PatchedForward:
+    """Base of the objects that stand in a module's ``__dict__`` as ``forward``.
+
+    ``own`` is the instance attribute that stood there before, None where the class's forward counts. The class's
+    forward is looked up at each call: whoever patches the class afterwards is obeyed.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.own: Callable[..., Any] | None = module.__dict__.get("forward")
+        module.__dict__["forward"] = self
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The forward without the patch, bound."""
+        if self.own is not None:
+            return self.own
+        forward = type(self.module).forward
+        return MethodType(forward, self.module) if inspect.isfunction(forward) else forward.__get__(self.module)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.__wrapped__)  # generation code asks which arguments forward takes
+
+    def undo(self) -> None:
+        """Put back what stood there before."""
+        if self.own is None:
+            del self.module.__dict__["forward"]
+        else:
+            self.module.__dict__["forward"] = self.own
+
+
+class SetUpForward(PatchedForward):
+    """The forward of a set-up module: inputs cast, forward run in the mode, outputs cast."""
+
+    def __init__(self, module: nn.Module, strategy: Strategy) -> None:
+        super().__init__(module)
+        self.strategy = strategy
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Run the module in its mode, or plainly inside ``suspended()``."""
+        if _SUSPENDED.get():
+            return self.__wrapped__(*args, **kwargs)
+        # Not __wrapped__: this line is run at every call, and torch.compile must see through it.
+        if self.own is None:
+            module = self.module
+            return self.strategy.call(type(module).forward, (module,), args, kwargs)
+        return self.strategy.call(self.own, (), args, kwargs)
+
+    def __repr__(self) -> str:
+        return f"<forward of {type(self.module).__name__} in {self.strategy.mode}>"
+
+
+def install(module: nn.Module, strategy: Strategy) -> None:
+    """Make ``module`` run in the strategy's mode. Again in the same mode: nothing happens.
+
+    Raises ``ConfigurationError`` where the module or a part of it is set up in another mode or on another device.
+    """
+    check(module, strategy)
+    if not is_set_up(module):
+        SetUpForward(module, strategy)
+
+
+def check(module: nn.Module, strategy: Strategy) -> None:
+    """Raise ``ConfigurationError`` where ``module`` or a part of it is set up differently."""
+    for path, part in module.named_modules():
+        if is_set_up(part) and strategy_of(part) != strategy:
+            there = strategy_of(part)
+            raise ConfigurationError(
+                f"{type(module).__name__}{f' has a part, {path!r}, that' if path else ''} is set up in {there.mode} on "
+                f"{there.device} already and cannot be set up in {strategy.mode} on {strategy.device} as well. "
+                "Set up a fresh model: what a cast has lost does not come back."
+            )
+
+
+def is_set_up(module: nn.Module) -> bool:
+    """Whether ``module`` itself (not only a part of it) has been set up."""
+    return _patch(module) is not None
+
+
+def strategy_of(module: nn.Module) -> Strategy:
+    """The strategy that ``module`` was set up with; raises ``ConfigurationError`` where it was not."""
+    patch = _patch(module)
+    if patch is None:
+        raise ConfigurationError(f"{type(module).__name__} has not been set up in any precision mode")
+    return patch.strategy
+
+
+def restore(module: nn.Module) -> nn.Module:
+    """Take the patches of ``module`` and its parts away and return it. Parameters keep the dtype that they have."""
+    for part in module.modules():
+        while isinstance(patch := part.__dict__.get("forward"), PatchedForward):
+            patch.undo()
+    return module
+
+
+def _patch(module: nn.Module) -> SetUpForward | None:
+    patch = module.__dict__.get("forward")
+    while isinstance(patch, PatchedForward):
+        if isinstance(patch, SetUpForward):
+            return patch
+        patch = patch.own
+    return None
+
+
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu", "xla")
+
+
+class suspended:  # noqa: N801  # reads as the verb that it is: with suspended():
+    """Inside, set-up modules run plainly: nothing is cast and autocast is off, also one switched on outside.
+
+    For this thread (or task) only. The audit's FP64 reference uses it.
+    """
+
+    def __enter__(self) -> None:
+        self._token: Token[bool] = _SUSPENDED.set(True)
+        self._enabled = [device for device in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
+        for device in self._enabled:
+            torch.set_autocast_enabled(device, False)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for device in self._enabled:
+            torch.set_autocast_enabled(device, True)
+        _SUSPENDED.reset(self._token)
+
+
+def is_suspended() -> bool:
+    """Whether this code runs inside ``suspended()``."""
+    return _SUSPENDED.get()

@@ -1,0 +1,22 @@
+"""What a mode does to a model and its calls: one file per family of modes, chosen through a table."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import torch
+
+from precision_runtime.modes import Mode
+from precision_runtime.strategies.base import Strategy
+from precision_runtime.strategies.full import FullStrategy
+from precision_runtime.strategies.half import HalfStrategy
+from precision_runtime.strategies.mixed import MixedStrategy
+
+_FAMILIES = MappingProxyType({"full": FullStrategy, "true": HalfStrategy, "mixed": MixedStrategy})
+
+__all__ = ["Strategy", "strategy_for"]
+
+
+def strategy_for(mode: Mode, device: torch.device) -> Strategy:
+    """The strategy that runs ``mode`` on ``device``. Strategies are values: equal for an equal mode and device."""
+    return _FAMILIES[mode.family](mode, torch.device(device))

@@ -1,0 +1,80 @@
+"""The contract of a strategy. A strategy is an immutable value: it holds no model and no state."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from precision_runtime.building import Building
+from precision_runtime.casting import NOTHING, TO, CastTable, cast_call, cast_module, cast_tree
+from precision_runtime.modes import Mode
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What ``mode`` does on ``device``. Subclasses state their tables; only autocast changes how ``call`` runs."""
+
+    mode: Mode
+    device: torch.device
+
+    # Whether floating outputs go to the default dtype, so that a loss outside is computed as in any other mode.
+    default_outputs: ClassVar[bool] = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of parameters."""
+        dtype: torch.dtype = getattr(torch, self.mode.params)
+        return dtype
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The dtype that the bulk of the arithmetic is meant to run in."""
+        dtype: torch.dtype = getattr(torch, self.mode.compute)
+        return dtype
+
+    @property
+    def module_table(self) -> CastTable:
+        """How parameters and buffers are cast."""
+        return NOTHING
+
+    @property
+    def input_table(self) -> CastTable:
+        """How the inputs of forward are cast."""
+        return NOTHING
+
+    def convert(self, module: nn.Module) -> nn.Module:
+        """Cast ``module`` in place and return it.
+
+        Changes only ``param.data``, entries of ``_parameters``, ``_buffers`` and ``_modules``, and instance attributes,
+        so whoever keeps those can put everything back.
+        """
+        return cast_module(module, self.module_table)
+
+    def cast_inputs(self, tree: Any) -> Any:
+        """``tree`` (any nesting) as forward gets it."""
+        return cast_tree(tree, self.input_table)
+
+    def cast_outputs(self, tree: Any) -> Any:
+        """``tree`` as forward's caller gets it."""
+        return cast_tree(tree, TO[torch.get_default_dtype()]) if self.default_outputs else tree
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context that forward runs in; null in modes without autocast."""
+        return contextlib.nullcontext()
+
+    def init_context(self) -> AbstractContextManager[None]:
+        """Modules made inside are on the device, and after it in the mode, as ``convert`` would have made them."""
+        return Building(self)
+
+    def call(
+        self, function: Callable[..., Any], first: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run ``function(*first, *args, **kwargs)`` as a forward: ``args`` and ``kwargs`` cast, the result cast."""
+        args, kwargs = cast_call(args, kwargs, self.input_table)
+        return self.cast_outputs(function(*first, *args, **kwargs))

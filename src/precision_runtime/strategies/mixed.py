@@ -1,0 +1,74 @@
+"""16-mixed and bf16-mixed: float32 parameters, and torch's autocast chooses op by op."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from precision_runtime.casting import HALF_TO_SINGLE, TO, CastTable, cast_call
+from precision_runtime.forwarding import is_suspended
+from precision_runtime.recurrent import protect
+from precision_runtime.strategies.base import Strategy
+
+
+class MixedStrategy(Strategy):
+    """Half parameters and buffers become float32, which loses nothing; inputs become float32, never half.
+
+    Autocast casts what its ops need. Casting inputs to half beforehand, as others do, destroys targets and large or
+    small values that no op in half ever sees: 1e5 becomes inf, 1e-9 becomes 0.
+    """
+
+    default_outputs = True
+
+    @property
+    def module_table(self) -> CastTable:
+        """Half to float32."""
+        return HALF_TO_SINGLE
+
+    @property
+    def input_table(self) -> CastTable:
+        """Every floating dtype to float32."""
+        return TO[torch.float32]
+
+    def convert(self, module: nn.Module) -> nn.Module:
+        """See ``Strategy.convert``; float16 LSTMs on the CPU get the forward that works there."""
+        super().convert(module)
+        if self.compute is torch.float16 and self.device.type == "cpu":
+            protect(module)
+        return module
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The autocast of torch, or null inside ``forwarding.suspended()``."""
+        if is_suspended():
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute)
+
+    def call(
+        self, function: Callable[..., Any], first: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """See ``Strategy.call``."""
+        args, kwargs = cast_call(args, kwargs, TO[torch.float32])
+        if torch.compiler.is_compiling() or torch._C._is_torch_function_mode_enabled():
+            # Compilers and exporters look for torch's own context manager and record it in their graph.
+            with torch.autocast(self.device.type, dtype=self.compute):
+                result = function(*first, *args, **kwargs)
+        else:
+            # The same steps as torch.autocast's, without making the object: a third of its time on a small model.
+            device = self.device.type
+            enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+            torch.set_autocast_enabled(device, True)
+            torch.set_autocast_dtype(device, self.compute)
+            torch.autocast_increment_nesting()
+            try:
+                result = function(*first, *args, **kwargs)
+            finally:
+                if torch.autocast_decrement_nesting() == 0:  # casts of weights are shared up to the outermost region
+                    torch.clear_autocast_cache()
+                torch.set_autocast_enabled(device, enabled)
+                torch.set_autocast_dtype(device, dtype)
+        return self.cast_outputs(result)
