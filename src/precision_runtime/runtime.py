@@ -134,7 +134,7 @@ class PrecisionRuntime:
         if not torch.isfinite(norm):
             names = self._names([p for p in parameters if p.grad is not None and not torch.isfinite(p.grad).all()])
             raise PrecisionError(
-                f"the gradients' norm is {norm.item()} in {self.mode}; clipping by it would leave nothing but NaN and 0. "
+                f"the gradients' norm is {norm.item()} in {self.mode}; clipping by it leaves only NaN and 0. "
                 + (f"Not finite: {', '.join(names)}" if names else "Every gradient is finite: the norm overflowed.")
             )
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
@@ -205,7 +205,8 @@ def _total_norm(parameters: list[torch.Tensor], norm_type: float) -> torch.Tenso
         return torch.zeros(())
     device = gradients[0].device
     norms = [torch.linalg.vector_norm(g, norm_type, dtype=HALF_TO_SINGLE.get(g.dtype)).to(device) for g in gradients]
-    return torch.linalg.vector_norm(torch.cat([n.reshape(1) for n in norms]), norm_type)
+    total: torch.Tensor = torch.linalg.vector_norm(torch.cat([n.reshape(1) for n in norms]), norm_type)
+    return total
 
 
 def _follow_parameters(optimizer: Optimizer) -> None:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,10 @@ from precision_runtime.modes import Mode
 
 @dataclass(frozen=True)
 class Strategy:
-    """What ``mode`` does on ``device``. Subclasses state their tables; only autocast changes how ``call`` runs."""
+    """What ``mode`` does on ``device``. Subclasses state their tables; only autocast changes how ``call`` runs.
+
+    What derives from the two fields is computed once: ``call`` runs at every forward.
+    """
 
     mode: Mode
     device: torch.device
@@ -26,24 +30,30 @@ class Strategy:
     # Whether floating outputs go to the default dtype, so that a loss outside is computed as in any other mode.
     default_outputs: ClassVar[bool] = False
 
-    @property
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.mode, self.device)  # what was computed from them is computed again
+
+    def __deepcopy__(self, memo: object) -> Strategy:
+        return self
+
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype of parameters."""
         dtype: torch.dtype = getattr(torch, self.mode.params)
         return dtype
 
-    @property
+    @cached_property
     def compute(self) -> torch.dtype:
         """The dtype that the bulk of the arithmetic is meant to run in."""
         dtype: torch.dtype = getattr(torch, self.mode.compute)
         return dtype
 
-    @property
+    @cached_property
     def module_table(self) -> CastTable:
         """How parameters and buffers are cast."""
         return NOTHING
 
-    @property
+    @cached_property
     def input_table(self) -> CastTable:
         """How the inputs of forward are cast."""
         return NOTHING
@@ -62,7 +72,12 @@ class Strategy:
 
     def cast_outputs(self, tree: Any) -> Any:
         """``tree`` as forward's caller gets it."""
-        return cast_tree(tree, TO[torch.get_default_dtype()]) if self.default_outputs else tree
+        if not self.default_outputs:
+            return tree
+        default = torch.get_default_dtype()
+        if isinstance(tree, torch.Tensor) and tree.dtype is default:  # no more than this, most of the time
+            return tree
+        return cast_tree(tree, TO[default])
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context that forward runs in; null in modes without autocast."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 
 from precision_runtime.casting import NOTHING, TO_DOUBLE, CastTable
@@ -14,12 +16,12 @@ class FullStrategy(Strategy):
     Outputs stay what they are: rounding a float64 result to the default dtype would throw away what was asked for.
     """
 
-    @property
+    @cached_property
     def module_table(self) -> CastTable:
         """Everything to double, or nothing."""
         return TO_DOUBLE if self.dtype is torch.float64 else NOTHING
 
-    @property
+    @cached_property
     def input_table(self) -> CastTable:
         """As parameters."""
         return self.module_table

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from precision_runtime.casting import TO, CastTable
 from precision_runtime.strategies.base import Strategy
 
@@ -15,12 +17,12 @@ class HalfStrategy(Strategy):
 
     default_outputs = True
 
-    @property
+    @cached_property
     def module_table(self) -> CastTable:
         """Every floating dtype to half."""
         return TO[self.dtype]
 
-    @property
+    @cached_property
     def input_table(self) -> CastTable:
         """As parameters."""
         return TO[self.dtype]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,12 +26,12 @@ class MixedStrategy(Strategy):
 
     default_outputs = True
 
-    @property
+    @cached_property
     def module_table(self) -> CastTable:
         """Half to float32."""
         return HALF_TO_SINGLE
 
-    @property
+    @cached_property
     def input_table(self) -> CastTable:
         """Every floating dtype to float32."""
         return TO[torch.float32]
@@ -52,7 +53,7 @@ class MixedStrategy(Strategy):
         self, function: Callable[..., Any], first: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """See ``Strategy.call``."""
-        args, kwargs = cast_call(args, kwargs, TO[torch.float32])
+        args, kwargs = cast_call(args, kwargs, self.input_table)
         if torch.compiler.is_compiling() or torch._C._is_torch_function_mode_enabled():
             # Compilers and exporters look for torch's own context manager and record it in their graph.
             with torch.autocast(self.device.type, dtype=self.compute):
