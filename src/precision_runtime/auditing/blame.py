@@ -106,9 +106,11 @@ def _explain(judge: Judge, verdict: Verdict, worst: Judgement) -> tuple[Kind, st
         figure = worst.note
     if call is not None and type(call.module).__module__.startswith("torch.nn.modules") and not call.children:
         return "kernel", None, f"{figure}; the module is torch's own: its kernel or its use in this dtype is to blame", None
-    where = "" if verdict.where == "forward" else " with the gradient that really came in"
-    inside = "" if not verdict.consequence else "; a part of it is to blame"
-    return "instability", None, f"{figure}, on the inputs that it really got{where}{inside}", None
+    own = "" if call is None else (
+        ", on the inputs that it really got" + ("" if verdict.where == "forward" else " and the gradient that really came in")
+    )
+    inside = "; a part of it is to blame" if verdict.consequence else ""
+    return "instability", None, f"{figure}{own}{inside}", None
 
 
 def _cast_proof(judge: Judge, call: Call, before: float) -> tuple[str, float] | None:

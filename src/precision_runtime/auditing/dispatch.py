@@ -5,12 +5,14 @@ Both sit below autograd and autocast, so that they see casts as ``aten._to_copy`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from precision_runtime import forwarding
 from precision_runtime.auditing.defects import KnownDefect, defect_of
 from precision_runtime.auditing.randomness import Draw, draw_of
 
@@ -31,6 +33,18 @@ _PRODUCTS = frozenset(
         "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention",
     )
 )  # fmt: skip
+
+
+@contextmanager
+def plain_double() -> Iterator[None]:
+    """Set-up modules run plainly, autocast is off, and new tensors are FP64."""
+    before = torch.get_default_dtype()
+    with forwarding.suspended():
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 class TrueDouble(TorchDispatchMode):

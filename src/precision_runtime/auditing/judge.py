@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from precision_runtime.auditing.dispatch import TrueDouble
+from precision_runtime.auditing.dispatch import TrueDouble, plain_double
 from precision_runtime.auditing.excess import Judgement, Pair, flatten_sample, pair
-from precision_runtime.auditing.noise import Noise
+from precision_runtime.auditing.noise import Exact, Noise
 from precision_runtime.auditing.recorder import Call, Recorder
 from precision_runtime.auditing.recurrent import noisy_states
 from precision_runtime.auditing.references import Sample
@@ -26,7 +26,7 @@ from precision_runtime.auditing.worlds import Worlds, widen, widen_tree
 # Perturbed runs: few where the answer is clear, more before anything is called a failure. A decision that flips on a
 # near tie (an expert, an argmax) in the mode flips in a share p of the perturbed runs, and 1/sqrt(p) must stay below
 # the limit of 4: with 32 runs, one flip or two are seen.
-SAMPLES = (3, 8, 32)
+SAMPLES = (2, 8, 32)
 # Under autocast an FP32 island costs nothing, so a function this much steeper than its operands' rounding is a
 # finding there: every repaired or innocent module measured is at most 16.8, every steep defect at least 32.7.
 AMPLIFICATION = 24.0
@@ -44,6 +44,8 @@ class Yardstick:
     mixed: bool
     seed: int
     own_u: Callable[[Call | None], float]
+    exact: Exact
+    alike: frozenset[str]  # modules that run again during backward
 
 
 @dataclass
@@ -56,6 +58,11 @@ class Verdict:
     amplification: float = 0.0
     failed: bool = False
     consequence: bool = False  # a call inside this one failed in the same direction
+
+    @property
+    def bound(self) -> bool:
+        """Whether the figures are upper bounds: nothing had to be measured by perturbed runs."""
+        return all(j.bound for j in self.judgements)
 
     @property
     def worst(self) -> Judgement:
@@ -140,7 +147,7 @@ class Judge:
                 failed |= self.visit(top, twins)
         for sentence in sheet.apart:
             self.remarks.setdefault(("", "shape"), f"shape depends on values: {sentence}; not judged")
-        judged = self.decide(sheet, samples, failed)
+        judged = self.decide(sheet, samples, failed, threshold=1.0)
         return failed | self._note(None, judged, sheet, failed)
 
     def _visit_all(self, calls: Sequence[Call], twins: dict[int, Call]) -> set[str]:
@@ -151,10 +158,13 @@ class Judge:
 
     # -- deciding ---------------------------------------------------------------------------------------------------
 
-    def decide(self, sheet: Sheet, sample: Callable[[int], Sample], failed: set[str]) -> dict[Site, Judgement]:
-        """Judge with as few perturbed runs as settle it."""
+    def decide(
+        self, sheet: Sheet, sample: Callable[[int], Sample], failed: set[str], threshold: float | None = None
+    ) -> dict[Site, Judgement]:
+        """Judge with as few perturbed runs as settle it; a bound up to ``threshold`` needs none."""
         judged = sheet.judge()
-        open_ = {s for s, j in judged.items() if j.kind != "range" and not self._passes(j)}
+        threshold = self.yardstick.limit if threshold is None else threshold
+        open_ = {s for s, j in judged.items() if j.kind != "range" and j.score > threshold}
         if not open_:
             return judged
         samples: list[Sample] = []
@@ -207,7 +217,7 @@ class Judge:
         for path, low in call.input_grads.items():
             reference = grads.get(path)
             if reference is not None and reference.shape == low.shape:
-                sheet.add("backward", f"grad of input{path}", _unscaled(low, self.low.scale), reference, u, 0.0)
+                sheet.add("backward", f"grad of {input_name(path)}", _unscaled(low, self.low.scale), reference, u, 0.0)
         if replay is not None:
             for key, name in self._owned.get(id(call), {}).items():
                 low_grad, reference = self.low.parameter_grads.get(key), replay.parameter_grads.get(key)
@@ -257,7 +267,7 @@ class Judge:
     def _replay(self, call: Call, buffers: dict[tuple[int, str], torch.Tensor] | None = None) -> Run | None:
         """Run the call's module in FP64 on the call's actual inputs and incoming gradient."""
         try:
-            with self.worlds.true(state=call.state, buffers=buffers), TrueDouble() as mode:
+            with self.worlds.true(state=call.state, buffers=buffers), plain_double(), TrueDouble() as mode:
                 assert call.rng is not None
                 call.rng.restore()
                 args, kwargs = widen_tree((call.args, call.kwargs))
@@ -287,12 +297,14 @@ class Judge:
         noise = Noise(self.yardstick.own_u(call), self.yardstick.seed, number)
         used = {id(p) for p in call.module.parameters()}
         disturbed = noise.parameters(self.worlds.true_parameters, used)
-        with self.worlds.true(parameters=disturbed, state=call.state), TrueDouble():
+        with self.worlds.true(parameters=disturbed, state=call.state), plain_double(), TrueDouble():
             assert call.rng is not None
             call.rng.restore()
-            args, kwargs = noise.inputs(widen_tree((call.args, call.kwargs)))
+            args, kwargs = noise.inputs(widen_tree((call.args, call.kwargs)), self.yardstick.exact)
             parts = self._parts(call)
-            recorder = Recorder(parts, self.worlds, outputs=False, perturb=noise, skip=call.module)
+            recorder = Recorder(
+                parts, self.worlds, outputs=False, perturb=noise, skip=call.module, alike=self.yardstick.alike
+            )
             with noisy_states(parts.values(), noise):
                 run = execute(
                     call.module, args, kwargs, recorder,
@@ -324,9 +336,14 @@ class Judge:
 def sample_of(run: Run, names: dict[int, str]) -> Sample:
     """A perturbed run's tensors by the names that a sheet gives them."""
     forward = {f"output{path}": t for path, t in run.outputs}
-    backward = {f"grad of input{path}": t for path, t in run.input_grads.items()}
+    backward = {f"grad of {input_name(path)}": t for path, t in run.input_grads.items()}
     backward |= {f"grad of {names[k]}": t for k, t in run.parameter_grads.items() if k in names}
     return Sample(forward, backward)
+
+
+def input_name(path: str) -> str:
+    """What a reader calls the input at a path of (args, kwargs): ``input[0]``, ``input['mask']``."""
+    return "input" + (path[3:] if path[:3] in ("[0]", "[1]") else path)
 
 
 def match(low: Sequence[Call], true: Sequence[Call]) -> dict[int, Call]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from precision_runtime.tree import map_tensors
+from precision_runtime.tree import leaves, map_tensors
 
 # Every half format is exact for whole numbers up to bfloat16's 256. Larger ones in a floating tensor are positions,
 # counts or ids: code that casts them makes an error of its own, which noise on them would excuse.
@@ -19,7 +20,14 @@ class Noise:
 
     def __init__(self, u: float, seed: int, sample: int) -> None:
         self.u = u
-        self._generator = torch.Generator().manual_seed((seed * 1_000_003 + sample * 7919 + 12345) % 2**63)
+        self._seed = (seed * 1_000_003 + sample * 7919 + 12345) % 2**63
+        self._generator = torch.Generator().manual_seed(self._seed)
+
+    def fixed(self, key: str) -> Noise:
+        """Noise that starts anew from ``key`` each time: the same key and shapes give the same disturbance."""
+        twin = Noise(self.u, 0, 0)
+        twin._generator.manual_seed(self._seed ^ zlib.crc32(key.encode()))
+        return twin
 
     def __call__(self, t: torch.Tensor) -> torch.Tensor:
         """Disturb a floating or complex tensor; anything else is returned as it is."""
@@ -31,13 +39,36 @@ class Noise:
         xi = torch.rand(t.shape, generator=self._generator, dtype=real).mul_(2 * self.u).add_(1.0 - self.u)
         return t * xi.to(t.device)
 
-    def inputs(self, value: Any) -> Any:
-        """Disturb inputs: all but whole numbers beyond the exact range (see ``EXACT_INTEGERS``)."""
-        return map_tensors(lambda t: t if is_count(t) else self(t), value)
+    def inputs(self, value: Any, exact: Exact) -> Any:
+        """Disturb inputs: all but those that the mode does not round (``exact``) and counts (``EXACT_INTEGERS``)."""
+        return map_tensors(lambda t: t if is_count(t) or exact.holds(t) else self(t), value)
 
     def parameters(self, true: Mapping[int, torch.Tensor], used: set[int]) -> dict[int, torch.Tensor]:
         """Disturbed copies of the parameters in ``used`` (by id). Buffers are never disturbed: cast tables must show."""
         return {key: self(value) for key, value in true.items() if key in used}
+
+
+class Exact:
+    """The whole function's inputs that the mode's dtype holds exactly: casting them costs nothing, so nothing is excused.
+
+    A module that is handed such an input unchanged is treated alike. Results of other modules are never exact: their
+    values have been rounded already, and their operands' rounding is what the intrinsic error stands for.
+    """
+
+    def __init__(self, inputs: Any, dtype: torch.dtype) -> None:
+        self._tensors = [
+            t for _, t in leaves(inputs)
+            if t.is_floating_point() and t.layout is torch.strided and not t.is_nested and torch.equal(t.to(dtype).to(t.dtype), t)
+        ]  # fmt: skip
+
+    @property
+    def key(self) -> int:
+        """Tells sets of exact inputs of one function apart (a wider format holds what a narrower one holds)."""
+        return len(self._tensors)
+
+    def holds(self, t: torch.Tensor) -> bool:
+        """Whether ``t`` (FP64) is one of them, value by value."""
+        return any(t.shape == e.shape and t.dtype == e.dtype and torch.equal(t, e) for e in self._tensors)
 
 
 def is_count(t: torch.Tensor) -> bool:

@@ -14,9 +14,9 @@ from precision_runtime import forwarding
 from precision_runtime.accelerators import resolve
 from precision_runtime.auditing.blame import findings_of
 from precision_runtime.auditing.discover import find_modules, name_of
-from precision_runtime.auditing.dispatch import LowWatch, TrueDouble
-from precision_runtime.auditing.judge import Judge, Sheet, Yardstick, match, sample_of
-from precision_runtime.auditing.noise import Noise
+from precision_runtime.auditing.dispatch import LowWatch, TrueDouble, plain_double
+from precision_runtime.auditing.judge import Judge, Sheet, Yardstick, input_name, sample_of
+from precision_runtime.auditing.noise import Exact, Noise
 from precision_runtime.auditing.originals import Originals
 from precision_runtime.auditing.randomness import reseed, seeded
 from precision_runtime.auditing.recorder import Call, Recorder
@@ -112,6 +112,8 @@ class _Trial:
             low = self._low(worlds)
         except Exception as error:
             return self._does_not_run(worlds, error)
+        self._alike = low.recomputed
+        self._exact = Exact(widen_tree((self.args, self.kwargs)), getattr(torch, self.mode.compute))
         try:
             reference = self._reference(worlds)
         except Exception as error:
@@ -132,7 +134,8 @@ class _Trial:
                 Remark("reference", f"no FP64 kernel for {', '.join(sorted(fallbacks))}: computed in FP32 in the reference")
             )
         whole = max((v.score for v in judge.verdicts if v.call is None), default=0.0)
-        scores = [v.score for v in judge.verdicts] + [f.excess for f in findings]
+        # Only measured figures: a call that passed on its bound alone has lost less than the budget, nobody knows how much.
+        scores = [v.score for v in judge.verdicts if not v.bound or v.call is None] + [f.excess for f in findings]
         return Report(
             subject=self.name,
             mode=self.mode.name,
@@ -190,14 +193,14 @@ class _Trial:
 
     def _true(self, worlds: Worlds, noise: Noise | None = None) -> tuple[Run, TrueDouble]:
         parameters = noise.parameters(worlds.true_parameters, set(worlds.true_parameters)) if noise else None
-        with worlds.true(parameters=parameters), _double(), TrueDouble() as mode:
+        with worlds.true(parameters=parameters), plain_double(), TrueDouble() as mode:
             reseed(self.seed)
             inputs = widen_tree((self.args, self.kwargs))
-            args, kwargs = noise.inputs(inputs) if noise else inputs
+            args, kwargs = noise.inputs(inputs, self._exact) if noise else inputs
             skip = self.function if isinstance(self.function, nn.Module) else None
             recorder = Recorder(
                 worlds.names, worlds, outputs=noise is None, gradients=self._differentiate and noise is None,
-                perturb=noise, skip=skip,
+                perturb=noise, skip=skip, alike=self._alike,
             )  # fmt: skip
             plain = loss_gradient(self.seed)
 
@@ -242,7 +245,7 @@ class _Trial:
         format_ = self.mode.format
         # Within one step of the subnormal numbers a value is as right as the format can hold it.
         step = format_.smallest_subnormal
-        yardstick = Yardstick(format_.unit_roundoff, step, self.limit, self.mode.autocast, self.seed, self._u_of)
+        yardstick = Yardstick(format_.unit_roundoff, step, self.limit, self.mode.autocast, self.seed, self._u_of, self._exact, self._alike)
         judge = Judge(worlds, low, yardstick)
         names = _parameter_names(worlds)
         judge.true_grads = {k: reference.parameter_grads[n] for k, n in names.items() if n in reference.parameter_grads}
@@ -256,13 +259,13 @@ class _Trial:
             sheet.apart.append(f"{len(low.outputs)} tensors come out in the mode, {len(theirs)} in FP64")
         for path, grad in low.input_grads.items():
             if path in reference.run.input_grads:
-                sheet.add("backward", f"grad of input{path}", _unscaled(grad, low.scale), reference.run.input_grads[path], u, 0.0)
+                sheet.add("backward", f"grad of {input_name(path)}", _unscaled(grad, low.scale), reference.run.input_grads[path], u, 0.0)
         for key, grad in low.parameter_grads.items():
             if key in judge.true_grads:
                 sheet.add("backward", f"grad of {names[key]}", _unscaled(grad, low.scale), judge.true_grads[key], u, 0.0)
 
         def sample(number: int) -> Sample:
-            made = reference.samples.setdefault(u, [])
+            made = reference.samples.setdefault((u, self._exact.key), [])
             while len(made) <= number:
                 run, _ = self._true(worlds, Noise(u, self.seed, len(made)))
                 made.append(sample_of(run, names))
@@ -349,18 +352,6 @@ class _Trial:
 
 
 _DOUBLE_TO_SINGLE = {torch.float64: torch.float32, torch.complex128: torch.complex64}
-
-
-@contextmanager
-def _double() -> Iterator[None]:
-    """Set-up modules run plainly, autocast is off, and new tensors are FP64."""
-    before = torch.get_default_dtype()
-    with forwarding.suspended():
-        torch.set_default_dtype(torch.float64)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
 
 
 def _parameter_names(worlds: Worlds) -> dict[int, str]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from precision_runtime.auditing.noise import Noise
 from precision_runtime.auditing.randomness import RandomState
 from precision_runtime.auditing.worlds import Worlds, clone
 from precision_runtime.tree import leaves, map_tensors
-
-Perturb = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(eq=False)
@@ -50,15 +49,19 @@ class Recorder:
     ``inputs`` keeps what a later replay of a call needs; ``outputs`` keeps results; ``gradients`` keeps gradients at
     each call's border, apart for each use of a tensor: inputs and outputs are replaced by views of their own.
     ``perturb`` is applied to the output of every call but the outermost ``skip`` ones, and to gradients there.
+    ``alike`` are modules that run again during backward (recomputed or reversible segments): both times their outputs
+    must be disturbed alike, or the disturbed run would contradict itself. ``recomputed`` collects them.
     ``frames`` is a stack that a dispatch mode fills with the dtypes produced in the open call.
     """
 
     def __init__(
         self, modules: Mapping[str, nn.Module], worlds: Worlds, *, inputs: bool = False, outputs: bool = True,
-        gradients: bool = False, perturb: Perturb | None = None, skip: nn.Module | None = None,
-        frames: list[set[torch.dtype]] | None = None,
+        gradients: bool = False, perturb: Noise | None = None, skip: nn.Module | None = None,
+        frames: list[set[torch.dtype]] | None = None, alike: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
         self.modules, self.worlds = modules, worlds
+        self.alike = alike
+        self.recomputed: set[str] = set()
         self.inputs, self.outputs, self.gradients = inputs, outputs, gradients
         self.perturb, self.skip, self.frames = perturb, skip, frames
         self.calls: list[Call] = []
@@ -82,6 +85,7 @@ class Recorder:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.active:
+            self.recomputed.add(self._names[id(module)])
             return None
         index = self._counts.get(id(module), 0)
         self._counts[id(module)] = index + 1
@@ -103,7 +107,11 @@ class Recorder:
         return None
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if not self.active or not any(call.module is module for call in self._open):
+        if not self.active:
+            if self.perturb is not None and self._names[id(module)] in self.alike:
+                return self._disturbed(module, output)
+            return None
+        if not any(call.module is module for call in self._open):
             return None
         while True:  # calls that raised, and whose caller caught it, are still open
             call = self._open.pop()
@@ -117,7 +125,7 @@ class Recorder:
         self._ends += 1
         changed = False
         if self.perturb is not None and not (call.parent is None and module is self.skip):
-            output = map_tensors(self._disturb, output, objects=False)
+            output = self._disturbed(module, output)
             changed = True
         if self.outputs:
             call.outputs = [(path, t.detach().clone()) for path, t in leaves(output)]
@@ -126,12 +134,18 @@ class Recorder:
             changed = True
         return output if changed else None
 
-    def _disturb(self, t: torch.Tensor) -> torch.Tensor:
+    def _disturbed(self, module: nn.Module, output: Any) -> Any:
         assert self.perturb is not None
-        new = self.perturb(t)
-        if new is not t and new.requires_grad:
-            new.register_hook(self.perturb)
-        return new
+        name = self._names[id(module)]
+        noise = self.perturb.fixed(name) if name in self.alike else self.perturb
+
+        def disturb(t: torch.Tensor) -> torch.Tensor:
+            new = noise(t)
+            if new is not t and new.requires_grad:
+                new.register_hook(noise)
+            return new
+
+        return map_tensors(disturb, output, objects=False)
 
 
 def _with_own_views(value: Any, grads: dict[str, torch.Tensor]) -> Any:

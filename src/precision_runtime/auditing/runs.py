@@ -25,7 +25,7 @@ class Run:
     parameter_grads: dict[int, torch.Tensor] = field(default_factory=dict)
     scale: float = 1.0
     differentiable: bool = False
-    backward_error: BaseException | None = None
+    recomputed: frozenset[str] = frozenset()  # modules that ran again during backward
 
 
 def execute(
@@ -48,14 +48,8 @@ def execute(
     sources: list[tuple[str, torch.Tensor]] = []
     paths = {id(t): path for path, t in leaves((args, kwargs), objects=False)}
 
-    def own(t: torch.Tensor) -> torch.Tensor:
-        t = t.detach()
-        if cotangent is None or not (t.is_floating_point() or t.is_complex()) or t.layout is not torch.strided:
-            return t.clone()
-        return t.clone()
-
     def leaf(t: torch.Tensor) -> torch.Tensor:
-        new = own(t)
+        new = t.detach().clone()
         if cotangent is None or id(t) not in paths or not (t.is_floating_point() or t.is_complex()):
             return new
         new.requires_grad_(True)
@@ -73,10 +67,18 @@ def execute(
             else:
                 with torch.set_grad_enabled(grad), forward_context():
                     result = function(*args, **kwargs)
+            recorder.active = False
+            return _differentiate(Run([], recorder.calls), result, sources, recorder, cotangent, parameters, scales)
     finally:
         recorder.active = False
+
+
+def _differentiate(
+    run: Run, result: Any, sources: list[tuple[str, torch.Tensor]], recorder: Recorder, cotangent: Cotangent | None,
+    parameters: Iterable[nn.Parameter], scales: Sequence[float],
+) -> Run:  # fmt: skip
     outputs = list(leaves(result))
-    run = Run([(path, t.detach().clone()) for path, t in outputs], recorder.calls)
+    run.outputs = [(path, t.detach().clone()) for path, t in outputs]
     if cotangent is None:
         return run
     incoming = [(t, c) for path, t in outputs if t.requires_grad for c in (cotangent(path, t),) if c is not None]
@@ -97,6 +99,7 @@ def execute(
         run.scale = scale
         if len(scales) == 1 or all(bool(torch.isfinite(g).all()) for g in found if g is not None):
             break
+    run.recomputed = frozenset(recorder.recomputed)
     for (path, _), g in zip(sources, found[: len(sources)], strict=True):
         if g is not None:
             run.input_grads[path] = g.detach().clone()
