@@ -133,9 +133,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
 
-    table = Table(
-        title=f"forward of Linear(8, 8), with gradients, on the CPU; torch {torch.__version__}"
-    )
+    table = Table(title=f"forward of Linear(8, 8), with gradients, on the CPU; torch {torch.__version__}")
     table.add_column("mode", no_wrap=True)
     table.add_column("contender", no_wrap=True)
     for column in ("µs", "ratio to raw", "µs above raw"):

@@ -7,6 +7,7 @@ set-up model can be pickled and deep-copied, and the copy calls its own forward.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 from types import MethodType, TracebackType
@@ -64,7 +65,8 @@ class SetUpForward(PatchedForward):
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Run the module in its mode, or plainly inside ``suspended()``."""
-        if _SUSPENDED.get():
+        # A context variable would break the compiler's graph; suspended() sees to it that compiled code is not run.
+        if not torch.compiler.is_dynamo_compiling() and _SUSPENDED.get():
             return self.__wrapped__(*args, **kwargs)
         # Not __wrapped__: this line is run at every call, and torch.compile must see through it.
         if self.own is None:
@@ -134,10 +136,13 @@ _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu", "xla")
 class suspended:  # noqa: N801  # reads as the verb that it is: with suspended():
     """Inside, set-up modules run plainly: nothing is cast and autocast is off, also one switched on outside.
 
-    For this thread (or task) only. The audit's FP64 reference uses it.
+    For this thread (or task) only; compiled models, whose casts are compiled into them, run eagerly meanwhile in the
+    whole process. The audit's FP64 reference uses it.
     """
 
     def __enter__(self) -> None:
+        # Where the compiler has not been loaded nothing is compiled, and loading it takes seconds.
+        self._stance: Any = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
         self._token: Token[bool] = _SUSPENDED.set(True)
         self._enabled = [device for device in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
         for device in self._enabled:
@@ -149,6 +154,8 @@ class suspended:  # noqa: N801  # reads as the verb that it is: with suspended()
         for device in self._enabled:
             torch.set_autocast_enabled(device, True)
         _SUSPENDED.reset(self._token)
+        if self._stance is not None:
+            self._stance.__exit__(kind, error, trace)
 
 
 def is_suspended() -> bool:

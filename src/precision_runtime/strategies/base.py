@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -21,11 +20,16 @@ from precision_runtime.modes import Mode
 class Strategy:
     """What ``mode`` does on ``device``. Subclasses state their tables; only autocast changes how ``call`` runs.
 
-    What derives from the two fields is computed once: ``call`` runs at every forward.
+    What derives from the mode is worked out once, into plain attributes: ``call`` runs at every forward, and the
+    compiler must see through it.
     """
 
     mode: Mode
     device: torch.device
+    dtype: torch.dtype = field(init=False, repr=False, compare=False)  # of parameters
+    compute: torch.dtype = field(init=False, repr=False, compare=False)  # of the bulk of the arithmetic
+    module_table: CastTable = field(init=False, repr=False, compare=False)
+    input_table: CastTable = field(init=False, repr=False, compare=False)
 
     # Whether floating outputs go to the default dtype, so that a loss outside is computed as in any other mode.
     default_outputs: ClassVar[bool] = False
@@ -36,27 +40,15 @@ class Strategy:
     def __deepcopy__(self, memo: object) -> Strategy:
         return self
 
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """The dtype of parameters."""
-        dtype: torch.dtype = getattr(torch, self.mode.params)
-        return dtype
+    def __post_init__(self) -> None:
+        tables = self.tables(getattr(torch, self.mode.params))
+        derived = (getattr(torch, self.mode.params), getattr(torch, self.mode.compute), *tables)
+        for name, value in zip(("dtype", "compute", "module_table", "input_table"), derived, strict=True):
+            object.__setattr__(self, name, value)  # the documented way into a frozen dataclass
 
-    @cached_property
-    def compute(self) -> torch.dtype:
-        """The dtype that the bulk of the arithmetic is meant to run in."""
-        dtype: torch.dtype = getattr(torch, self.mode.compute)
-        return dtype
-
-    @cached_property
-    def module_table(self) -> CastTable:
-        """How parameters and buffers are cast."""
-        return NOTHING
-
-    @cached_property
-    def input_table(self) -> CastTable:
-        """How the inputs of forward are cast."""
-        return NOTHING
+    def tables(self, dtype: torch.dtype) -> tuple[CastTable, CastTable]:
+        """How parameters and buffers, and how forward's inputs, are cast in a mode with parameters of ``dtype``."""
+        return NOTHING, NOTHING
 
     def convert(self, module: nn.Module) -> nn.Module:
         """Cast ``module`` in place and return it.

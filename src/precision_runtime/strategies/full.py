@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 
 from precision_runtime.casting import NOTHING, TO_DOUBLE, CastTable
@@ -16,12 +14,6 @@ class FullStrategy(Strategy):
     Outputs stay what they are: rounding a float64 result to the default dtype would throw away what was asked for.
     """
 
-    @cached_property
-    def module_table(self) -> CastTable:
+    def tables(self, dtype: torch.dtype) -> tuple[CastTable, CastTable]:
         """Everything to double, or nothing."""
-        return TO_DOUBLE if self.dtype is torch.float64 else NOTHING
-
-    @cached_property
-    def input_table(self) -> CastTable:
-        """As parameters."""
-        return self.module_table
+        return (TO_DOUBLE, TO_DOUBLE) if dtype is torch.float64 else (NOTHING, NOTHING)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+import torch
 
 from precision_runtime.casting import TO, CastTable
 from precision_runtime.strategies.base import Strategy
@@ -17,12 +17,6 @@ class HalfStrategy(Strategy):
 
     default_outputs = True
 
-    @cached_property
-    def module_table(self) -> CastTable:
+    def tables(self, dtype: torch.dtype) -> tuple[CastTable, CastTable]:
         """Every floating dtype to half."""
-        return TO[self.dtype]
-
-    @cached_property
-    def input_table(self) -> CastTable:
-        """As parameters."""
-        return TO[self.dtype]
+        return TO[dtype], TO[dtype]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,15 +25,9 @@ class MixedStrategy(Strategy):
 
     default_outputs = True
 
-    @cached_property
-    def module_table(self) -> CastTable:
-        """Half to float32."""
-        return HALF_TO_SINGLE
-
-    @cached_property
-    def input_table(self) -> CastTable:
-        """Every floating dtype to float32."""
-        return TO[torch.float32]
+    def tables(self, dtype: torch.dtype) -> tuple[CastTable, CastTable]:
+        """Half parameters, and every floating input, to float32."""
+        return HALF_TO_SINGLE, TO[dtype]
 
     def convert(self, module: nn.Module) -> nn.Module:
         """See ``Strategy.convert``; float16 LSTMs on the CPU get the forward that works there."""

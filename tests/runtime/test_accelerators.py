@@ -1,0 +1,90 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from precision_runtime.accelerators import Machine, machine, name_of, pretend, resolve
+from precision_runtime.errors import UnknownNameError, UnsupportedError
+
+
+class Lacking(Machine):
+    """A machine with the given accelerators and no other."""
+
+    def __init__(self, *there: str) -> None:
+        super().__init__()
+        self.there = there
+
+    def missing(self, accelerator):
+        return None if accelerator in self.there else f"no {accelerator} in this test"
+
+
+def test_auto_takes_the_best_that_is_there():
+    for there, best in ((("cpu",), "cpu"), (("cpu", "mps"), "mps"), (("cpu", "cuda", "mps"), "cuda")):
+        with pretend(Lacking(*there)):
+            assert name_of("auto") == best
+
+
+def test_an_unknown_name_gets_the_nearest_known_one():
+    with pytest.raises(
+        UnknownNameError, match=r"accelerator 'cudda' in --acc is unknown\. Did you mean 'cuda'\?"
+    ) as caught:
+        resolve("cudda", "--acc")
+    assert "Known accelerators: auto, cpu, cuda, mps, xpu, xla" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["cuda:x", "cuda:", 3, None])
+def test_what_is_no_device_is_unknown(name):
+    with pytest.raises(UnknownNameError):
+        resolve(name)
+
+
+def test_an_absent_accelerator_is_refused_with_the_reason():
+    with (
+        pretend(Lacking("cpu")),
+        pytest.raises(UnsupportedError, match="'mps' cannot be used here: no mps in this test"),
+    ):
+        resolve("mps")
+
+
+def test_devices_and_indices_are_taken_as_they_are():
+    assert resolve(torch.device("cpu")) == torch.device("cpu")
+    assert resolve(" CPU ") == torch.device("cpu")
+    with pretend(Lacking("cpu", "cuda")):
+        assert resolve("cuda:3") == torch.device("cuda", 3)
+
+
+def test_the_real_machine_comes_back_after_an_error():
+    real = machine()
+    with pytest.raises(KeyError), pretend(Lacking()):
+        raise KeyError
+    assert machine() is real
+
+
+def test_each_question_is_asked_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr("precision_runtime.accelerators._product_error", lambda *a: asked.append(a))
+    here = Machine()
+    assert here.product_error("cpu", "float16") is here.product_error("cpu", "float16") is None
+    assert len(asked) == 1
+
+
+def test_probes_draw_no_random_numbers_and_leave_no_state():
+    before = torch.get_rng_state()
+    here = Machine()
+    for dtype in ("float16", "bfloat16", "float64"):
+        here.product_error("cpu", dtype)
+        here.autocast_result("cpu", dtype)
+    assert torch.equal(before, torch.get_rng_state())
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_probe_reports_an_error_as_text():
+    assert Machine().product_error("cpu", "no_such_dtype") == "module 'torch' has no attribute 'no_such_dtype'"
+
+
+def test_importing_capability_imports_no_torch():
+    code = "import sys, precision_runtime.capability, precision_runtime.accelerators; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": "src"}, check=False).returncode == 0
+    witness = "import sys, precision_runtime.casting; sys.exit('torch' in sys.modules)"  # the test above can fail
+    assert subprocess.run([sys.executable, "-c", witness], env={"PYTHONPATH": "src"}, check=False).returncode == 1
