@@ -48,6 +48,10 @@ class PatchedForward:
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.__wrapped__)  # generation code asks which arguments forward takes
 
+    @property
+    def __code__(self) -> Any:
+        return getattr(self.__wrapped__, "__code__", None)  # torch.export names the user's file in its messages
+
     def undo(self) -> None:
         """Put back what stood there before."""
         if self.own is None:

@@ -164,6 +164,14 @@ def test_a_compiled_model_runs_plainly_inside_suspended():
     assert torch.equal(compiled(x), low)
 
 
+def test_a_set_up_model_can_be_used_functionally():
+    model = set_up("bf16-mixed", nn.Linear(4, 4))
+    x = torch.randn(2, 4)
+    zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    assert torch.func.functional_call(model, zeros, (x,)).eq(0).all()
+    assert model(x).ne(0).any()
+
+
 @pytest.mark.slow
 def test_set_up_models_compile_to_machine_code():
     model = set_up("bf16-mixed", nn.Linear(4, 4))
