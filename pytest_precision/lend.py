@@ -11,7 +11,7 @@ import pytest
 from pytest_precision.lanes import Lane, parse_selection
 from pytest_precision.marker import parse_mark
 from pytest_precision.matrix import matrix_of
-from pytest_precision.outcome import OUTCOME, Outcome, outcome_of, start
+from pytest_precision.outcome import Outcome, outcome_of, start
 from pytest_precision.plugin import FIXTURE
 from pytest_precision.problems import Problems
 from pytest_precision.references import references_of
@@ -29,7 +29,7 @@ def lend(request: pytest.FixtureRequest) -> Iterator[PrecisionContext]:
     lane = _lane(request)
     outcome = outcome_of(item)
     if outcome is None:
-        outcome = item.stash[OUTCOME] = start(item, lane)
+        outcome = start(item, lane, str(request.param))
     answer = support(lane.mode, lane.accelerator)
     outcome.accelerator, outcome.status = answer.accelerator, answer.status
     if not answer.ok:

@@ -82,15 +82,13 @@ def spread(metafunc: pytest.Metafunc) -> None:
     definition = metafunc.definition
     if any(FIXTURE in _names(mark) for mark in definition.iter_markers("parametrize")):
         return
+    if any(FIXTURE in call.params for call in getattr(metafunc, "_calls", ())):  # by a pytest_generate_tests
+        return
     ambient = FIXTURE not in metafunc.fixturenames
     params = matrix_of(metafunc.config).params(definition.get_closest_marker("precision"), ambient)
     if ambient:
         metafunc.fixturenames.append(FIXTURE)
-    try:
-        metafunc.parametrize(FIXTURE, params, indirect=True)
-    except ValueError as error:
-        if "duplicate parametrization" not in str(error):  # else a user's own pytest_generate_tests came first
-            raise
+    metafunc.parametrize(FIXTURE, params, indirect=True)
 
 
 def _param(lane: Lane, marked: Marked) -> Any:

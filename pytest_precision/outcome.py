@@ -70,22 +70,24 @@ def outcome_of(item: pytest.Item) -> Outcome | None:
         lane = lane_of(item)
         if lane is None:
             return None
-        item.stash[OUTCOME] = start(item, lane)
+        start(item, lane, lane.id)
     return item.stash[OUTCOME]
 
 
-def start(item: pytest.Item, lane: Lane) -> Outcome:
-    """Return an empty outcome of the test in the lane."""
-    return Outcome(case=case_of(item, lane), lane=lane.id, mode=lane.mode, accelerator=lane.accelerator)
+def start(item: pytest.Item, lane: Lane, part: str) -> Outcome:
+    """Begin the outcome of the test in the lane; ``part`` is what the test's id has for the lane."""
+    outcome = Outcome(case=case_of(item, part), lane=lane.id, mode=lane.mode, accelerator=lane.accelerator)
+    item.stash[OUTCOME] = outcome
+    return outcome
 
 
-def case_of(item: pytest.Item, lane: Lane) -> str:
-    """Return the test's node id without its lane; lanes of one case share it."""
+def case_of(item: pytest.Item, part: str) -> str:
+    """Return the test's node id without the part for its lane; lanes of one case share it."""
     callspec = getattr(item, "callspec", None)
     if callspec is None or not item.nodeid.endswith(f"[{callspec.id}]"):
         return item.nodeid
-    # The id is ours, so this is no parsing: it is the last part, unless another plugin's parameters follow it.
-    others = f"-{callspec.id}-".replace(f"-{lane.id}-", "-").strip("-")
+    # The part is known, so this is no parsing: it comes last, unless another plugin's parameters follow it.
+    others = f"-{callspec.id}-".replace(f"-{part}-", "-").strip("-")
     stem = item.nodeid[: -len(callspec.id) - 2]
     return f"{stem}[{others}]" if others else stem
 

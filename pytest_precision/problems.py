@@ -32,12 +32,15 @@ class Problems:
         self._others.append(text)
 
     def text(self) -> str:
-        """Every problem, one a line, each list of known names once."""
-        lines = []
+        """Every problem, one a line, and each list of known names once."""
+        lines: list[str] = []
         for where, bad in self._modes.items():
             try:
                 expand_modes(bad, where)  # the runtime words it: known names, groups, "did you mean"
             except UnknownNameError as error:
-                lines.append(str(error))
-        lines += [str(unknown_names("accelerator", bad, known, w)) for w, (bad, known) in self._accelerators.items()]
-        return "\n".join([*lines, *self._others])
+                lines += str(error).splitlines()
+        for where, (bad, known) in self._accelerators.items():
+            lines += str(unknown_names("accelerator", bad, known, where)).splitlines()
+        lines += self._others
+        known_names = dict.fromkeys(line for line in lines if line.startswith("Known "))
+        return "\n".join([*(line for line in lines if line not in known_names), *known_names])

@@ -27,7 +27,7 @@ DEFAULT_BUDGET = 2.0  # bits: an excess of 4, calibrated on healthy modules
 class Settings:
     """What command line and ini say, parsed once.
 
-    ``lanes`` and ``require`` are None where not given; ``accelerators`` is empty where the ini leaves them to the machine.
+    ``lanes`` and ``require`` are None where not given; empty ``accelerators`` leave them to the machine.
     """
 
     matrix: bool

@@ -1,4 +1,4 @@
-"""Collects the rows of the matrix from test reports, in the process that prints: the only one, or xdist's controller."""
+"""Collects the rows of the matrix from test reports, in the process that prints (under xdist the controller)."""
 
 from __future__ import annotations
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 MOST_CASES = 40  # shown without -v; two screens
-CELL = 12  # columns that a lane takes: the longest mode name and its padding
-CASE = 24  # columns that are left for the test's name at least
+CELL = 10  # columns that a verdict takes at most: "FAIL 10.0" and more
+PADDING = 3  # columns around each lane: a space on either side, and the rule's gap
 
 STYLES = {"pass": "green", "FAIL": "bold red", "error": "bold red", "crash": "bold red", "xfail": "yellow",
           "xpass": "yellow", "skip": "dim", "": "dim"}  # fmt: skip
@@ -65,25 +66,32 @@ def tables(rows: Sequence[Row], width: int, colour: bool, everything: bool) -> l
     cases = sorted({row.case for row in rows})
     shown = cases
     if not everything and len(cases) > MOST_CASES:
-        quiet = {case for case in cases if all(row.verdict == "pass" for row in rows if row.case == case)}
-        shown = [case for case in cases if case not in quiet][:MOST_CASES]
-    abreast = max(1, (width - CASE) // CELL)
+        loud = {row.case for row in rows if row.verdict != "pass"}
+        shown = [case for case in cases if case in loud][:MOST_CASES]
+    # Names have the room that they need, up to two thirds of the line; longer ones are folded.
+    room = width - min(max(map(len, shown), default=0), 2 * width // 3) - 1
     texts = []
-    for start in range(0, len(lanes), abreast):
-        table = _table(cells, shown, lanes[start : start + abreast], rows)
+    for beside in _fitting(lanes, room) if shown else ():
+        table = _table(cells, shown, beside, rows)
         paper = io.StringIO()
-        system = "standard" if colour else None
-        Console(file=paper, width=width, force_terminal=colour, color_system=system, legacy_windows=False).print(table)
+        Console(
+            file=paper,
+            width=width,
+            force_terminal=colour,
+            color_system="standard" if colour else None,
+            legacy_windows=False,
+        ).print(table)
         texts.append("\n".join(line.rstrip() for line in paper.getvalue().rstrip().split("\n")))
     if len(shown) < len(cases):
-        texts.append(f"{len(cases) - len(shown)} more tests are not shown; -v shows all")
+        texts.append(f"{_count(len(cases) - len(shown), 'test')} not shown; -v shows all")
     return texts
 
 
 def skips(rows: Iterable[Row]) -> list[str]:
     """One line for each lane and reason."""
-    counts = Counter((row.lane, row.reason) for row in rows if row.verdict == "skip")
-    return [f"skipped {lane} ({_count(n, 'test')}): {reason}" for (lane, reason), n in sorted(counts.items())]
+    skipped = [row for row in rows if row.verdict == "skip"]
+    told = [row.reason if row.reason.startswith(row.mode) else f"{row.lane}: {row.reason}" for row in skipped]
+    return [f"skipped {_count(number, 'test')}, {text}" for text, number in sorted(Counter(told).items())]
 
 
 def findings(rows: Iterable[Row]) -> list[str]:
@@ -117,14 +125,26 @@ def _table(cells: dict[tuple[str, str], Row], cases: Sequence[str], lanes: Seque
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, safe_box=True, show_edge=False, pad_edge=False, padding=(0, 1))
-    table.add_column(Text("test"), overflow="fold", min_width=CASE - 4)
+    plain = "utf" not in (sys.stdout.encoding or "").lower()  # a rule of box characters would be escaped there
+    table = Table(box=None if plain else SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
+    table.add_column(Text("test"), overflow="fold")
     for lane in lanes:
         how = sorted({row.status for row in rows if row.lane == lane} - {"", "native", "unsupported"})
         table.add_column(Text("\n".join([lane, *how])), justify="right", no_wrap=True)
     for case in cases:
         table.add_row(Text(case), *(cell(cells.get((case, lane))) for lane in lanes))
     return table
+
+
+def _fitting(lanes: Sequence[str], room: int) -> Iterator[list[str]]:
+    """Split lanes into groups that fit into ``room`` columns; a lane that never fits stands alone."""
+    group: list[str] = []
+    for lane in lanes:
+        if group and sum(max(len(each), CELL) + PADDING for each in [*group, lane]) > room:
+            yield group
+            group = []
+        group.append(lane)
+    yield group
 
 
 def _lanes(rows: Iterable[Row]) -> list[str]:
