@@ -1,6 +1,6 @@
 """What an audit costs, in FP64 forwards of the same model, measured in one run.
 
-    python benchmarks/audit_cost.py [--repeat 5] [--json FILE]
+    python benchmarks/audit_cost.py [--repeat 3] [--json FILE]
 
 The model is a GPT-2 of 6 layers and width 256, batch 4, sequence 128, judged forward only, in bf16-true and bf16-mixed.
 Then all six modes with one shared reference, against bf16-true alone: the low-precision runs themselves, timed
@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import copy
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -33,11 +32,14 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 def main() -> int:
     """Measure, print a table, return 1 where a target is missed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_embd=256, n_layer=6, n_head=4, n_positions=128, vocab_size=5000)).eval()
+    config = GPT2Config(
+        n_embd=256, n_layer=6, n_head=4, n_positions=128, vocab_size=5000, bos_token_id=0, eos_token_id=0
+    )
+    model = GPT2LMHeadModel(config).eval()
     ids = torch.randint(5000, (4, 128))
 
     def audit_in(*modes: str) -> None:
@@ -93,16 +95,17 @@ def low_run(model: Any, name: str) -> Callable[[torch.Tensor], object]:
 
 
 def interleaved(measures: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
-    """Time all in turn, several rounds, and return the median of each: a slow moment hits every one of them."""
+    """Time all in turn, several rounds after one to warm up, and return the least of each: noise only ever adds."""
     times: dict[str, list[float]] = {name: [] for name in measures}
-    for run in measures.values():
-        run()
-    for _ in range(repeat):
+    for turn in range(repeat + 1):
         for name, run in measures.items():
             start = time.perf_counter()
             run()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+            taken = time.perf_counter() - start
+            print(f"round {turn} of {repeat}: {name:20} {taken:7.3f} s", file=sys.stderr, flush=True)
+            if turn:
+                times[name].append(taken)
+    return {name: min(values) for name, values in times.items()}
 
 
 if __name__ == "__main__":

@@ -175,11 +175,19 @@ def work(options: argparse.Namespace) -> None:
 
 
 def switch_caches_on(model: Any) -> None:
-    """Set use_cache in the configuration of the model and of all its parts, where it exists."""
-    for module in model.modules():
-        for config in (getattr(module, "config", None), getattr(module, "generation_config", None)):
-            if isinstance(getattr(config, "use_cache", None), bool):
-                config.use_cache = True
+    """Set ``use_cache`` in the model's configuration and those inside it, where it exists.
+
+    Not in the configurations of its parts: an encoder's own copy says no on purpose.
+    """
+    waiting, seen = [getattr(model, "config", None)], set()
+    while waiting:
+        config = waiting.pop()
+        if not hasattr(config, "to_dict") or id(config) in seen:
+            continue
+        seen.add(id(config))
+        if isinstance(getattr(config, "use_cache", None), bool):
+            config.use_cache = True
+        waiting += vars(config).values()
 
 
 def show(rows: list[dict[str, Any]]) -> None:

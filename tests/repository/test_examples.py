@@ -30,7 +30,7 @@ def outcomes(output: str) -> dict[str, int]:
 def test_quickstart_fails_in_the_true_modes_with_the_norm_to_blame() -> None:
     status, output = run("quickstart", "--precision-matrix")
     assert status == pytest.ExitCode.TESTS_FAILED, output
-    assert outcomes(output) == {"passed": 8, "failed": 2}, output
+    assert outcomes(output) == {"passed": 6, "failed": 2}, output
     failed = set(re.findall(r"^FAILED \S+::(\S+)", output, flags=re.MULTILINE))
     assert {test.split("[")[0] for test in failed} == {"test_block"}
     assert {mode for mode in ("16-true", "bf16-true") if any(mode in test for test in failed)} == {
@@ -44,7 +44,7 @@ def test_quickstart_fails_in_the_true_modes_with_the_norm_to_blame() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_a_real_model_in_six_modes(name: str) -> None:
-    status, output = run("real_models", "--precision-matrix", "-k", f"{name}-0 and holds")
+    status, output = run("real_models", "--precision-matrix", "-k", f"-{name}- and holds")
     assert status == pytest.ExitCode.OK, output
     expected = {"llama": {"passed": 4, "xfailed": 2}, "bert": {"passed": 6}}[name]
     assert outcomes(output) == expected, output
