@@ -1,11 +1,11 @@
 """What a set-up model's forward costs beyond the arithmetic: Linear(8, 8), against torch itself and two peers.
 
-    python benchmarks/forward_overhead.py [--rounds 40]
+    python benchmarks/forward_overhead.py [--rounds 200]
 
 All contenders of a mode run in turns within each round, so that a slow second of the machine hits all of them. The
-figure is the median over rounds of microseconds per forward; beside it the ratio to raw torch and the microseconds
-above it. Raw torch is ``torch.autocast`` around the call in the mixed modes, and a half module fed half inputs in the
-true ones. A peer that is not installed is listed as such.
+figure is the median over rounds of microseconds per forward; beside it the medians of the ratio to raw torch in the
+same round and of the microseconds above it. Raw torch is ``torch.autocast`` around the call in the mixed modes, and in
+the true ones a half module fed half inputs. A peer that is not installed is listed as such.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import nn
 from precision_runtime.modes import MODES, Mode
 from precision_runtime.runtime import PrecisionRuntime
 
-CALLS = 300  # per contender and round: long enough against the clock, short enough to interleave
+CALLS = 50  # per contender and round: about a millisecond, well above the clock and below most interruptions
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -110,8 +110,8 @@ def contenders(mode: Mode) -> dict[str, Callable[[Mode], Forward] | str]:
     return {"plain float32": plain, **peers}
 
 
-def measure(forwards: dict[str, Forward], rounds: int) -> dict[str, float]:
-    """Median microseconds per call, contenders taking turns."""
+def measure(forwards: dict[str, Forward], rounds: int) -> dict[str, list[float]]:
+    """Microseconds per call for each round, contenders taking turns."""
     x = torch.ones(4, 8)
     times: dict[str, list[float]] = {name: [] for name in forwards}
     for number in range(rounds + 2):
@@ -121,13 +121,13 @@ def measure(forwards: dict[str, Forward], rounds: int) -> dict[str, float]:
                 forward(x)
             if number >= 2:  # two rounds to warm up
                 times[name].append((time.perf_counter() - start) / CALLS * 1e6)
-    return {name: statistics.median(samples) for name, samples in times.items()}
+    return times
 
 
 def main() -> None:
     """Measure, and print one table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=200)
     rounds: int = parser.parse_args().rounds
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -140,14 +140,16 @@ def main() -> None:
         table.add_column(column, justify="right")
     for name in ("bf16-mixed", "16-mixed", "bf16-true", "16-true"):
         entries = contenders(MODES[name])
-        medians = measure({n: make(MODES[name]) for n, make in entries.items() if callable(make)}, rounds)
-        base = medians["raw torch"]
+        times = measure({n: make(MODES[name]) for n, make in entries.items() if callable(make)}, rounds)
+        base = times["raw torch"]
         for who, entry in entries.items():
             if isinstance(entry, str):
                 table.add_row(name, who, f"[yellow]{entry}[/yellow]", "", "")
             else:
-                us = medians[who]
-                table.add_row(name, who, f"{us:.1f}", f"{us / base:.2f}", f"{us - base:+.1f}")
+                pairs = list(zip(times[who], base, strict=True))
+                ratio = statistics.median(a / b for a, b in pairs)
+                above = statistics.median(a - b for a, b in pairs)
+                table.add_row(name, who, f"{statistics.median(times[who]):.1f}", f"{ratio:.2f}", f"{above:+.1f}")
         table.add_section()
     Console().print(table)
 

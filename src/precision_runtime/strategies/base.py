@@ -67,7 +67,7 @@ class Strategy:
         if not self.default_outputs:
             return tree
         default = torch.get_default_dtype()
-        if isinstance(tree, torch.Tensor) and tree.dtype is default:  # no more than this, most of the time
+        if isinstance(tree, torch.Tensor) and tree.dtype is default:  # the quickest way out
             return tree
         return cast_tree(tree, TO[default])
 

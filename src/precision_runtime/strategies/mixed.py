@@ -8,7 +8,16 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import (
+    autocast_decrement_nesting,
+    autocast_increment_nesting,
+    clear_autocast_cache,
+    get_autocast_dtype,
+    is_autocast_enabled,
+    nn,
+    set_autocast_dtype,
+    set_autocast_enabled,
+)
 
 from precision_runtime.casting import HALF_TO_SINGLE, TO, CastTable, cast_call
 from precision_runtime.forwarding import is_suspended
@@ -52,17 +61,17 @@ class MixedStrategy(Strategy):
             with torch.autocast(self.device.type, dtype=self.compute):
                 result = function(*first, *args, **kwargs)
         else:
-            # The same steps as torch.autocast's, without making the object: a third of its time on a small model.
+            # The same steps as torch.autocast's, without making the object.
             device = self.device.type
-            enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-            torch.set_autocast_enabled(device, True)
-            torch.set_autocast_dtype(device, self.compute)
-            torch.autocast_increment_nesting()
+            enabled, dtype = is_autocast_enabled(device), get_autocast_dtype(device)
+            set_autocast_enabled(device, True)
+            set_autocast_dtype(device, self.compute)
+            autocast_increment_nesting()
             try:
                 result = function(*first, *args, **kwargs)
             finally:
-                if torch.autocast_decrement_nesting() == 0:  # casts of weights are shared up to the outermost region
-                    torch.clear_autocast_cache()
-                torch.set_autocast_enabled(device, enabled)
-                torch.set_autocast_dtype(device, dtype)
+                if autocast_decrement_nesting() == 0:  # casts of weights are shared up to the outermost region
+                    clear_autocast_cache()
+                set_autocast_enabled(device, enabled)
+                set_autocast_dtype(device, dtype)
         return self.cast_outputs(result)
