@@ -144,8 +144,14 @@ def work(options: argparse.Namespace) -> None:
         return
     if options.cache:
         switch_caches_on(model)
+    asked, own = [], refusal(model, arguments, keywords, gradients=options.gradients)
+    if own and options.gradients:
+        asked, own = [["no-gradients", "", own]], refusal(model, arguments, keywords, gradients=False)
     references = References()
     for mode in options.modes:
+        if own:
+            print(MARK + json.dumps(row_of(options.worker, mode, remarks=[["not-run", "", own]])), flush=True)
+            continue
         start = time.perf_counter()
         try:
             report = audit(
@@ -153,7 +159,7 @@ def work(options: argparse.Namespace) -> None:
                 *arguments,
                 mode=mode,
                 kwargs=keywords,
-                gradients=options.gradients,
+                gradients=options.gradients and not asked,
                 seed=options.seed,
                 references=references,
             )
@@ -166,12 +172,27 @@ def work(options: argparse.Namespace) -> None:
                 options.worker,
                 mode,
                 findings=[[f.module, f.kind, f.where, round(f.lost_bits, 1), f.op, f.message] for f in report.findings],
-                remarks=[[r.kind, r.module, r.message] for r in report.remarks],
+                remarks=asked + [[r.kind, r.module, r.message] for r in report.remarks],
                 excess=report.excess,
                 calls=report.calls,
             )
         row["seconds"] = round(time.perf_counter() - start, 2)
         print(MARK + json.dumps(row), flush=True)
+
+
+def refusal(model: Any, arguments: Any, keywords: Any, gradients: bool) -> str:
+    """Return why the model itself does not run in FP32, in its own words, or nothing: that is no crash of an audit."""
+    import copy
+
+    import torch
+
+    model, arguments, keywords = copy.deepcopy((model, arguments, keywords))
+    try:
+        with torch.set_grad_enabled(gradients):
+            model(*arguments, **keywords)
+    except Exception as error:
+        return f"the model alone: {type(error).__name__}: {tail(str(error))}"
+    return ""
 
 
 def switch_caches_on(model: Any) -> None:
