@@ -6,7 +6,7 @@ import io
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 MOST_CASES = 40  # shown without -v; two screens
-CELL = 10  # columns that a verdict takes at most: "FAIL 10.0" and more
-PADDING = 3  # columns around each lane: a space on either side, and the rule's gap
+GAP = 2  # columns between two lanes: one of padding, one of the rule
 
 STYLES = {"pass": "green", "FAIL": "bold red", "error": "bold red", "crash": "bold red", "xfail": "yellow",
           "xpass": "yellow", "skip": "dim", "": "dim"}  # fmt: skip
@@ -69,9 +68,10 @@ def tables(rows: Sequence[Row], width: int, colour: bool, everything: bool) -> l
         loud = {row.case for row in rows if row.verdict != "pass"}
         shown = [case for case in cases if case in loud][:MOST_CASES]
     # Names have the room that they need, up to two thirds of the line; longer ones are folded.
-    room = width - min(max(map(len, shown), default=0), 2 * width // 3) - 1
+    longest = max((len(line) for case in shown for line in _lines(case)), default=0)
+    columns = {lane: max(len(lane), *(len(cell(row).plain) for row in rows if row.lane == lane)) for lane in lanes}
     texts = []
-    for beside in _fitting(lanes, room) if shown else ():
+    for beside in _fitting(columns, width - min(longest, 2 * width // 3)) if shown else ():
         table = _table(cells, shown, beside, rows)
         paper = io.StringIO()
         Console(
@@ -126,21 +126,32 @@ def _table(cells: dict[tuple[str, str], Row], cases: Sequence[str], lanes: Seque
     from rich.text import Text
 
     plain = "utf" not in (sys.stdout.encoding or "").lower()  # a rule of box characters would be escaped there
-    table = Table(box=None if plain else SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
+    table = Table(box=None if plain else SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(Text("test"), overflow="fold")
     for lane in lanes:
         how = sorted({row.status for row in rows if row.lane == lane} - {"", "native", "unsupported"})
         table.add_column(Text("\n".join([lane, *how])), justify="right", no_wrap=True)
+    said = ""
     for case in cases:
-        table.add_row(Text(case), *(cell(cells.get((case, lane))) for lane in lanes))
+        *file, name = _lines(case)
+        if file and file[0] != said:
+            said = file[0]
+            table.add_row(Text(said, style="bold"))
+        table.add_row(Text(name), *(cell(cells.get((case, lane))) for lane in lanes))
     return table
 
 
-def _fitting(lanes: Sequence[str], room: int) -> Iterator[list[str]]:
+def _lines(case: str) -> list[str]:
+    """The file, which is written once above its tests, and the test's name."""
+    file, inside, name = case.partition("::")
+    return [file, f"  {name}"] if inside else [case]
+
+
+def _fitting(columns: Mapping[str, int], room: int) -> Iterator[list[str]]:
     """Split lanes into groups that fit into ``room`` columns; a lane that never fits stands alone."""
     group: list[str] = []
-    for lane in lanes:
-        if group and sum(max(len(each), CELL) + PADDING for each in [*group, lane]) > room:
+    for lane in columns:
+        if group and sum(columns[each] + GAP for each in [*group, lane]) > room:
             yield group
             group = []
         group.append(lane)
