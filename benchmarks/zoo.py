@@ -185,11 +185,15 @@ def refusal(model: Any, arguments: Any, keywords: Any, gradients: bool) -> str:
     import copy
 
     import torch
+    from torch.utils._pytree import tree_leaves
 
     model, arguments, keywords = copy.deepcopy((model, arguments, keywords))
     try:
         with torch.set_grad_enabled(gradients):
-            model(*arguments, **keywords)
+            result = model(*arguments, **keywords)
+        if gradients:
+            leaves = [leaf for leaf in tree_leaves(dict(result)) if torch.is_tensor(leaf) and leaf.requires_grad]
+            torch.autograd.backward(leaves, [torch.ones_like(leaf) for leaf in leaves])
     except Exception as error:
         return f"the model alone: {type(error).__name__}: {tail(str(error))}"
     return ""
