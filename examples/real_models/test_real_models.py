@@ -207,10 +207,13 @@ def whisper(seed: int) -> Example:
 
 ALL = (llama, gpt2, bert, t5, gemma2, mamba, gpt_neox, opt, deberta, mixtral, vit, whisper)
 
-# Llama and those that took its rotary embedding, and where the table of frequencies is.
-ROTARY = {"llama": "model.rotary_emb", "gemma2": "model.rotary_emb", "mixtral": "model.rotary_emb"}
-HEALTHY = tuple(make for make in ALL if make.__name__ not in ROTARY)
+# Llama and those that took its rotary embedding: all of them keep it in the same place.
+ROTARY = (llama, gemma2, mixtral)
+HEALTHY = tuple(make for make in ALL if make not in ROTARY)
+TABLE = "model.rotary_emb"
+
 CAST = "module.half() and module.to(torch.bfloat16) also cast inv_freq, the table of rotary frequencies"
+NO_KERNEL = "torch has no float64 kernel for the grouped matrix product that the experts use"
 
 
 def named(makers: Sequence[Callable[[int], Example]]) -> pytest.MarkDecorator:
@@ -218,30 +221,41 @@ def named(makers: Sequence[Callable[[int], Example]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("make_example", makers, ids=[make.__name__ for make in makers])
 
 
-@pytest.mark.precision(*SIX_MODES)
-@named(HEALTHY)
-def test_architecture_holds(precision_ctx: Any, make_example: Callable[[int], Example], seed: int) -> None:
-    model, inputs = make_example(seed)
+def check(precision_ctx: Any, example: Example) -> None:
+    """Judge every module of the model, forward and backward, in the lane of the test."""
+    model, inputs = example
     model = precision_ctx.setup(model)
     precision_ctx.check(model, kwargs=inputs)
+
+
+@pytest.mark.precision(*SIX_MODES)
+@named(HEALTHY)
+def test_it_holds(precision_ctx: Any, make_example: Callable[[int], Example], seed: int) -> None:
+    check(precision_ctx, make_example(seed))
 
 
 @pytest.mark.precision(*SIX_MODES, xfail={"16-true": CAST, "bf16-true": CAST})
-@named([make for make in ALL if make.__name__ in ROTARY])
-def test_architecture_with_rotary_table_holds(
+@named([llama, gemma2])
+def test_it_holds_but_for_its_rotary_table(
     precision_ctx: Any, make_example: Callable[[int], Example], seed: int
 ) -> None:
-    model, inputs = make_example(seed)
-    model = precision_ctx.setup(model)
-    precision_ctx.check(model, kwargs=inputs)
+    check(precision_ctx, make_example(seed))
+
+
+@pytest.mark.precision(*SIX_MODES, xfail={"16-true": CAST, "bf16-true": CAST, "64-true": NO_KERNEL})
+@named([mixtral])
+def test_it_holds_but_for_its_rotary_table_and_its_experts_in_double(
+    precision_ctx: Any, make_example: Callable[[int], Example], seed: int
+) -> None:
+    check(precision_ctx, make_example(seed))
 
 
 @pytest.mark.parametrize("mode", ["16-true", "bf16-true"])
-@named([make for make in ALL if make.__name__ in ROTARY])
-def test_the_cast_rotary_table_is_all_there_is_to_find(
-    mode: str, make_example: Callable[[int], Example], seed: int
-) -> None:
+@named(ROTARY)
+def test_the_cast_rotary_table_is_to_blame(mode: str, make_example: Callable[[int], Example], seed: int) -> None:
     model, inputs = make_example(seed)
     report = audit(model, mode=mode, kwargs=inputs)
     assert not report.ok
-    assert {finding.module for finding in report.findings} == {ROTARY[make_example.__name__]}, str(report)
+    assert report.findings[0].module == TABLE, str(report)
+    # What else is found is around it and suffers from it: nothing beside it is wrong.
+    assert all(TABLE.startswith(finding.module) for finding in report.findings), str(report)
