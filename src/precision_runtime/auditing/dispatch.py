@@ -5,8 +5,10 @@ Both sit below autograd and autocast, so that they see casts as ``aten._to_copy`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -120,19 +122,31 @@ class TrueDouble(TorchDispatchMode):
         return _each(_wide, result)
 
 
+@dataclass
+class Trace:
+    """What the ops of one module call did: floating dtypes that they produced, terms of their longest sum."""
+
+    dtypes: set[torch.dtype] = field(default_factory=set)
+    terms: float = 1.0
+
+    def include(self, inner: Trace) -> None:
+        """Add what a call inside this one did."""
+        self.dtypes |= inner.dtypes
+        self.terms = max(self.terms, inner.terms)
+
+
 class LowWatch(TorchDispatchMode):
     """Runs the low-precision code as it is, with canonical draws, and notes what it did.
 
-    ``produced`` holds the floating dtypes that ops produced, ``products`` the dtypes that matrix products and
-    convolutions ran in, ``frames`` the same sets for the module calls that are open (innermost last), ``defects``
-    the known backend defects that were met; those are computed rightly instead, so that they hide nothing else.
+    ``frames`` holds what the ops did in each open module call, innermost last; ``frames[0]`` is the whole run.
+    ``products`` holds the dtypes that matrix products and convolutions ran in, ``defects`` the known backend defects
+    that were met; those are computed rightly instead, so that they hide nothing else.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.produced: set[torch.dtype] = set()
         self.products: set[torch.dtype] = set()
-        self.frames: list[set[torch.dtype]] = []
+        self.frames: list[Trace] = [Trace()]
         self.defects: dict[str, tuple[KnownDefect, float]] = {}
         self._plans: dict[Any, tuple[Draw | None, bool, KnownDefect | None]] = {}
 
@@ -152,13 +166,11 @@ class LowWatch(TorchDispatchMode):
             result = self._repair(defect, func, args, kwargs, result)
         first = result if isinstance(result, torch.Tensor) else _first_tensor(result)
         if first is not None and first.is_floating_point():
-            dtype = first.dtype
-            if dtype not in self.produced:
-                self.produced.add(dtype)
-            if self.frames:
-                self.frames[-1].add(dtype)
+            trace = self.frames[-1]
+            trace.dtypes.add(first.dtype)
+            trace.terms = max(trace.terms, _terms(args, first, product))
             if product:
-                self.products.add(dtype)
+                self.products.add(first.dtype)
         return result
 
     def _repair(self, defect: KnownDefect, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Any:
@@ -169,6 +181,16 @@ class LowWatch(TorchDispatchMode):
         before = self.defects.get(defect.name, (defect, 0.0))[1]
         self.defects[defect.name] = (defect, max(before, factor))
         return better
+
+
+def _terms(args: Sequence[Any], result: torch.Tensor, product: bool) -> float:
+    """How many terms each element of the result sums: K for (M, K) @ (K, N), by the sizes alone."""
+    size = max(1, result.numel())
+    if not product:
+        source = args[0] if args else None
+        return source.numel() / size if isinstance(source, torch.Tensor) else 1.0
+    sizes = sorted((a.numel() for a in args if isinstance(a, torch.Tensor)), reverse=True)[:2]
+    return math.sqrt(sizes[0] * sizes[1] / size) if len(sizes) == 2 else 1.0
 
 
 def _first_tensor(value: Any) -> torch.Tensor | None:

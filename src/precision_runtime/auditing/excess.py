@@ -103,6 +103,10 @@ class Pair:
     def _result(
         self, excess: float, tail: float, size: torch.Tensor, allowed: torch.Tensor, sampled: bool
     ) -> Judgement:
+        if max(excess, tail / TAIL_RATIO) <= 1.0:  # nobody asks where a right tensor is least right
+            return Judgement(
+                self.tensor, excess, tail, None, None, self.rms_error, self.rms_reference, bound=not sampled
+            )
         where = int((size - TAIL_RATIO * allowed).argmax())
         worst = Worst(
             tensor=self.tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -275,19 +276,26 @@ class _Trial:
         return judge
 
     def _u_of(self, call: Call | None) -> float:
-        """The mode's unit roundoff. In 64-true that of the narrowest dtype that the code itself chose inside."""
+        """What one rounding costs in this call, relative to its result.
+
+        Half modes sum in FP32, so it is the mode's unit roundoff. The full modes sum in their own precision: K terms
+        of either sign, added one after the other, leave a relative error of u sqrt(K / 2) (partial sums grow as
+        sqrt(k), so the roundings' variances add up to K^2 / 2 against a result of variance K). In 64-true the
+        narrowest dtype that the code itself chose counts.
+        """
         own = self.mode.format.unit_roundoff
-        if self.mode.params != "float64":
+        if self.mode.low:
             return own
-        produced = self._watch.produced if call is None else call.dtypes
-        coarsest = [FORMATS[str(d).removeprefix("torch.")].unit_roundoff for d in produced if str(d).removeprefix("torch.") in FORMATS]
-        return max([own, *coarsest])
+        trace = self._watch.frames[0] if call is None else call.trace
+        names = [str(d).removeprefix("torch.") for d in trace.dtypes] if self.mode.params == "float64" else []
+        u = max([own, *(FORMATS[n].unit_roundoff for n in names if n in FORMATS)])
+        return u * math.sqrt(1.0 + trace.terms / 2.0)
 
     def _not_applied(self, low: Run) -> list[Finding]:
         if not self.mode.low or not self._watch.products:
             return []
         target = getattr(torch, self.mode.compute)
-        if target in self._watch.produced:
+        if target in self._watch.frames[0].dtypes:
             return []
         ran = ", ".join(sorted(str(d).removeprefix("torch.") for d in self._watch.products))
         if self.mode.autocast and self._watch.products == {torch.float32}:

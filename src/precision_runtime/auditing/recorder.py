@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from precision_runtime.auditing.dispatch import Trace
 from precision_runtime.auditing.noise import Noise
 from precision_runtime.auditing.randomness import RandomState
 from precision_runtime.auditing.worlds import Worlds, clone
@@ -32,7 +33,7 @@ class Call:
     input_grads: dict[str, torch.Tensor] = field(default_factory=dict)
     output_grads: dict[str, torch.Tensor] = field(default_factory=dict)
     children: list[Call] = field(default_factory=list)
-    dtypes: set[torch.dtype] = field(default_factory=set)  # floating dtypes that ops inside produced
+    trace: Trace = field(default_factory=Trace)  # what its ops did
     end: int = -1  # order in which calls ended; -1 while open, or when the call raised
 
     def subtree(self) -> list[Call]:
@@ -51,13 +52,13 @@ class Recorder:
     ``perturb`` is applied to the output of every call but the outermost ``skip`` ones, and to gradients there.
     ``alike`` are modules that run again during backward (recomputed or reversible segments): both times their outputs
     must be disturbed alike, or the disturbed run would contradict itself. ``recomputed`` collects them.
-    ``frames`` is a stack that a dispatch mode fills with the dtypes produced in the open call.
+    ``frames`` is the stack of a ``LowWatch``, which notes there what the ops of the open call do.
     """
 
     def __init__(
         self, modules: Mapping[str, nn.Module], worlds: Worlds, *, inputs: bool = False, outputs: bool = True,
         gradients: bool = False, perturb: Noise | None = None, skip: nn.Module | None = None,
-        frames: list[set[torch.dtype]] | None = None, alike: frozenset[str] = frozenset(),
+        frames: list[Trace] | None = None, alike: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
         self.modules, self.worlds = modules, worlds
         self.alike = alike
@@ -97,7 +98,7 @@ class Recorder:
             call.parent.children.append(call)
         self._open.append(call)
         if self.frames is not None:
-            self.frames.append(call.dtypes)
+            self.frames.append(call.trace)
         if self.inputs:
             call.args, call.kwargs = clone((args, kwargs))
             call.rng = RandomState.capture()
@@ -117,8 +118,7 @@ class Recorder:
             call = self._open.pop()
             if self.frames is not None:
                 self.frames.pop()
-                if call.parent is not None:
-                    call.parent.dtypes |= call.dtypes
+                self.frames[-1].include(call.trace)
             if call.module is module:
                 break
         call.end = self._ends
