@@ -81,8 +81,11 @@ class Pair:
         """R, with one subnormal step where that is granted."""
         return math.hypot(self.u / math.sqrt(3.0) * self.rms_reference, self.step)
 
-    def judge(self, samples: Sequence[torch.Tensor] = ()) -> Judgement:
-        """Judge with the perturbed references seen so far; with none, the figures are upper bounds."""
+    def judge(self, samples: Sequence[torch.Tensor] = (), locate: float = 1.0) -> Judgement:
+        """Judge with the perturbed references seen so far; with none, the figures are upper bounds.
+
+        The worst element is looked for only where the score is above ``locate``.
+        """
         if self.lost is not None:
             return self._range()
         if self.decision:
@@ -92,18 +95,18 @@ class Pair:
         if self.error.numel() == 0 or self.rms_error == 0.0:
             return Judgement(self.tensor, scale=self.rms_reference, bound=not samples)
         if common == 0.0:  # reference exactly 0, no spread: only an exact 0 is right
-            return self._result(math.inf, math.inf, self.error.abs(), torch.zeros_like(self.error), bool(samples))
+            return self._result(math.inf, math.inf, self.error.abs(), torch.zeros_like(self.error), bool(samples), locate)
         allowed = self.reference.abs().mul_(self.u).add_(common + self.step)
         if spread is not None:
             allowed += spread
         size = self.error.abs()
         tail = float((size / allowed).max())
-        return self._result(self.rms_error / common, tail, size, allowed, bool(samples))
+        return self._result(self.rms_error / common, tail, size, allowed, bool(samples), locate)
 
     def _result(
-        self, excess: float, tail: float, size: torch.Tensor, allowed: torch.Tensor, sampled: bool
+        self, excess: float, tail: float, size: torch.Tensor, allowed: torch.Tensor, sampled: bool, locate: float
     ) -> Judgement:
-        if max(excess, tail / TAIL_RATIO) <= 1.0:  # nobody asks where a right tensor is least right
+        if max(excess, tail / TAIL_RATIO) <= locate:  # nobody asks where a right tensor is least right
             return Judgement(
                 self.tensor, excess, tail, None, None, self.rms_error, self.rms_reference, bound=not sampled
             )
@@ -190,7 +193,8 @@ def pair(name: str, observed: torch.Tensor, reference: torch.Tensor, u: float, s
     error = a - r
     lost = None
     out_of_range = 0.0
-    if not bool(torch.isfinite(error).all()) or (r.numel() and float(r.abs().max()) > min(maximum, SENTINEL)):
+    # One sum finds NaN and infinity; FP64 sums of what half formats hold do not overflow by themselves.
+    if not math.isfinite(float(error.sum())) or (r.numel() and _largest(r) > min(maximum, SENTINEL)):
         r_mask = ~(r.abs() < SENTINEL)  # NaN, infinite, or a mask's constant
         finite = torch.isfinite(a)
         gone = ~finite & ~r_mask
@@ -242,6 +246,11 @@ def _spread(samples: Sequence[torch.Tensor], reference: torch.Tensor) -> tuple[t
         total.addcmul_(difference, difference)
     total /= len(samples)
     return total.sqrt(), math.sqrt(float(total.mean())) if total.numel() else 0.0
+
+
+def _largest(t: torch.Tensor) -> float:
+    low, high = torch.aminmax(t)
+    return max(-float(low), float(high))
 
 
 def _rms(t: torch.Tensor) -> float:

@@ -8,6 +8,7 @@ reference of everything inside that call. Perturbed runs are made only where a r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -23,14 +24,17 @@ from precision_runtime.auditing.references import Sample
 from precision_runtime.auditing.runs import Run, execute
 from precision_runtime.auditing.worlds import Worlds, widen, widen_tree
 
-# Perturbed runs: few where the answer is clear, more before anything is called a failure. A decision that flips on a
-# near tie (an expert, an argmax) in the mode flips in a share p of the perturbed runs, and 1/sqrt(p) must stay below
+# Perturbed runs: one where the answer is clear (the rms over many elements is as good from one run as from many),
+# more before anything is called a failure. A decision that flips on a near tie (an expert, an argmax) in the mode flips in a share p of the perturbed runs, and 1/sqrt(p) must stay below
 # the limit of 4: with 32 runs, one flip or two are seen.
-SAMPLES = (2, 8, 32)
+SAMPLES = (1, 4, 32)
+MARGINS = (0.5, 0.75, 1.0)  # a score below this share of the limit is clear after so many runs
+FEW = 64  # elements; a spread over fewer is too uncertain after one run
 # Under autocast an FP32 island costs nothing, so a function this much steeper than its operands' rounding is a
 # finding there: every repaired or innocent module measured is at most 16.8, every steep defect at least 32.7.
 AMPLIFICATION = 24.0
 
+Enclosing = Callable[[int], Sample]  # the n-th perturbed run of the FP64 run that twins come from
 Site = tuple[str, str]  # ("forward" | "backward", tensor)
 
 
@@ -60,9 +64,9 @@ class Verdict:
     consequence: bool = False  # a call inside this one failed in the same direction
 
     @property
-    def bound(self) -> bool:
-        """Whether the figures are upper bounds: nothing had to be measured by perturbed runs."""
-        return all(j.bound for j in self.judgements)
+    def measured(self) -> float:
+        """The worst score that perturbed runs or logic settled, leaving out upper bounds."""
+        return max((j.score for j in self.judgements if not j.bound), default=0.0)
 
     @property
     def worst(self) -> Judgement:
@@ -87,12 +91,12 @@ class Sheet:
         else:
             self.pairs[where, name] = made
 
-    def judge(self, samples: Sequence[Sample] = ()) -> dict[Site, Judgement]:
+    def judge(self, limit: float, samples: Sequence[Sample] = ()) -> dict[Site, Judgement]:
         out = {}
         for site, entry in self.pairs.items():
             found = [getattr(s, site[0]).get(site[1]) for s in samples]
             flat = [f for t in found if t is not None for f in (flatten_sample(t, entry),) if f is not None]
-            out[site] = entry.judge(flat)
+            out[site] = entry.judge(flat, locate=limit)
         return out
 
 
@@ -109,30 +113,39 @@ class Judge:
 
     # -- the walk ---------------------------------------------------------------------------------------------------
 
-    def visit(self, call: Call, twins: dict[int, Call]) -> set[str]:
-        """Judge one call and everything inside it; return the directions in which something failed."""
+    def visit(self, call: Call, twins: dict[int, Call], enclosing: Enclosing) -> set[str]:
+        """Judge one call and everything inside it; return the directions in which something failed.
+
+        ``twins`` are the calls' counterparts in an FP64 run that started further upstream, whose perturbed runs
+        ``enclosing`` makes.
+        """
         if call.end < 0:
             return set()
         twin = twins.get(id(call))
         if _is_wrapper(call):
-            return self._visit_all(call.children, twins)
+            return self._visit_all(call.children, twins, enclosing)
         sheet = self._sheet(call, twin) if twin is not None else None
-        passed: dict[Site, Judgement] = {} if sheet is None else sheet.judge()
+        passed: dict[Site, Judgement] = {} if sheet is None else sheet.judge(self.yardstick.limit)
         if sheet is not None and not sheet.apart and all(self._passes(j) for j in passed.values()):
-            failed = self._visit_all(call.children, twins)
+            failed = self._visit_all(call.children, twins, enclosing)
             self._note(call, passed, sheet, failed)
             return failed
+        if sheet is not None and twin is not None and not sheet.apart and _anchored(call, twin):
+            failed = self._visit_all(call.children, twins, enclosing)
+            judged = self.decide(sheet, lambda n: enclosing(n).inner[twin.name, twin.index], failed)
+            return failed | self._note(call, judged, sheet, failed)
         replay = self._replay(call)
         if replay is None:
-            return self._visit_all(call.children, twins)
+            return self._visit_all(call.children, twins, enclosing)
         root = replay.calls[0]
         inner = match(call.subtree()[1:], replay.calls[1:])
         sheet = self._sheet(call, root, replay)
         self.replays[id(call)] = sheet
-        failed = self._visit_all(call.children, inner)
+        sampler = functools.lru_cache(None)(functools.partial(self._sample_call, call))
+        failed = self._visit_all(call.children, inner, sampler)
         for sentence in sheet.apart:
             self.remarks.setdefault((call.name, "shape"), f"shape depends on values: {sentence}; not judged")
-        judged = self.decide(sheet, lambda n: self._sample_call(call, n), failed)
+        judged = self.decide(sheet, sampler, failed)
         return failed | self._note(call, judged, sheet, failed)
 
     def whole(self, reference: Run, sheet: Sheet, samples: Callable[[int], Sample]) -> set[str]:
@@ -142,18 +155,18 @@ class Judge:
         failed: set[str] = set()
         for top in tops:
             if len(tops) == 1 and _covers(top, self.low):  # the function is that module: judged as a whole below
-                failed |= self._visit_all(top.children, twins)
+                failed |= self._visit_all(top.children, twins, samples)
             else:
-                failed |= self.visit(top, twins)
+                failed |= self.visit(top, twins, samples)
         for sentence in sheet.apart:
             self.remarks.setdefault(("", "shape"), f"shape depends on values: {sentence}; not judged")
         judged = self.decide(sheet, samples, failed, threshold=1.0)
         return failed | self._note(None, judged, sheet, failed)
 
-    def _visit_all(self, calls: Sequence[Call], twins: dict[int, Call]) -> set[str]:
+    def _visit_all(self, calls: Sequence[Call], twins: dict[int, Call], enclosing: Enclosing) -> set[str]:
         failed: set[str] = set()
         for call in calls:
-            failed |= self.visit(call, twins)
+            failed |= self.visit(call, twins, enclosing)
         return failed
 
     # -- deciding ---------------------------------------------------------------------------------------------------
@@ -162,21 +175,21 @@ class Judge:
         self, sheet: Sheet, sample: Callable[[int], Sample], failed: set[str], threshold: float | None = None
     ) -> dict[Site, Judgement]:
         """Judge with as few perturbed runs as settle it; a bound up to ``threshold`` needs none."""
-        judged = sheet.judge()
+        judged = sheet.judge(self.yardstick.limit)
         threshold = self.yardstick.limit if threshold is None else threshold
         open_ = {s for s, j in judged.items() if j.kind != "range" and j.score > threshold}
         if not open_:
             return judged
         samples: list[Sample] = []
-        for count in SAMPLES:
+        for count, margin in zip(SAMPLES, MARGINS, strict=True):
             while len(samples) < count:
                 samples.append(sample(len(samples)))
-            again = Sheet({s: sheet.pairs[s] for s in open_}).judge(samples)
+            again = Sheet({s: sheet.pairs[s] for s in open_}).judge(self.yardstick.limit, samples)
             judged.update(again)
-            margin = 0.5 if count == SAMPLES[0] else 0.8 if count == SAMPLES[1] else 1.0
-            open_ = {s for s in open_ if again[s].score > margin * self.yardstick.limit}
+            small = {s for s in open_ if count == 1 and sheet.pairs[s].reference.numel() < FEW}
+            open_ = small | {s for s in open_ if again[s].score > margin * self.yardstick.limit}
             # The parent of a failing call fails with it; its own figure need not be exact.
-            if all(s[0] in failed for s in open_):
+            if not open_ or all(s[0] in failed for s in open_) and count > 1:
                 break
         return judged
 
@@ -291,7 +304,7 @@ class Judge:
         if run is None:
             return None
         sheet = self._sheet(call, run.calls[0], run)
-        return Sheet({s: p for s, p in sheet.pairs.items() if s[0] == "forward"}).judge()
+        return Sheet({s: p for s, p in sheet.pairs.items() if s[0] == "forward"}).judge(self.yardstick.limit)
 
     def _sample_call(self, call: Call, number: int) -> Sample:
         noise = Noise(self.yardstick.own_u(call), self.yardstick.seed, number)
@@ -338,7 +351,11 @@ def sample_of(run: Run, names: dict[int, str]) -> Sample:
     forward = {f"output{path}": t for path, t in run.outputs}
     backward = {f"grad of {input_name(path)}": t for path, t in run.input_grads.items()}
     backward |= {f"grad of {names[k]}": t for k, t in run.parameter_grads.items() if k in names}
-    return Sample(forward, backward)
+    inner = {
+        (c.name, c.index): Sample({f"output{path}": t for path, t in c.outputs}, {})
+        for c in run.calls if c.anchors is not None
+    }  # fmt: skip
+    return Sample(forward, backward, inner)
 
 
 def input_name(path: str) -> str:
@@ -372,6 +389,18 @@ def _is_wrapper(call: Call) -> bool:
     return len(ours) == len(theirs) and all(
         _identical(a, b)
         for a, b in zip([t for _, t in ours + call.outputs], [t for _, t in theirs + child.outputs], strict=True)
+    )
+
+
+def _anchored(call: Call, twin: Call) -> bool:
+    """Whether the twin ran on the call's own inputs: nothing floating goes in, and the rest is equal.
+
+    Then the enclosing run is the replay. (The gradient that comes in is always the low run's own.)
+    """
+    if call.output_grads or call.state or call.anchors is None or twin.anchors is None:
+        return False
+    return len(call.anchors) == len(twin.anchors) and all(
+        _identical(a, b) for a, b in zip(call.anchors, twin.anchors, strict=True)
     )
 
 

@@ -136,7 +136,7 @@ class _Trial:
             )
         whole = max((v.score for v in judge.verdicts if v.call is None), default=0.0)
         # Only measured figures: a call that passed on its bound alone has lost less than the budget, nobody knows how much.
-        scores = [v.score for v in judge.verdicts if not v.bound or v.call is None] + [f.excess for f in findings]
+        scores = [v.measured for v in judge.verdicts] + [whole] + [f.excess for f in findings]
         return Report(
             subject=self.name,
             mode=self.mode.name,

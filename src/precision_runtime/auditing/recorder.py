@@ -34,6 +34,7 @@ class Call:
     output_grads: dict[str, torch.Tensor] = field(default_factory=dict)
     children: list[Call] = field(default_factory=list)
     trace: Trace = field(default_factory=Trace)  # what its ops did
+    anchors: list[torch.Tensor] | None = None  # the inputs, where none of them is floating
     end: int = -1  # order in which calls ended; -1 while open, or when the call raised
 
     def subtree(self) -> list[Call]:
@@ -99,6 +100,9 @@ class Recorder:
         self._open.append(call)
         if self.frames is not None:
             self.frames.append(call.trace)
+        given = [t for _, t in leaves((args, kwargs))]
+        if not any(t.is_floating_point() or t.is_complex() for t in given):
+            call.anchors = [t.detach().clone() for t in given]
         if self.inputs:
             call.args, call.kwargs = clone((args, kwargs))
             call.rng = RandomState.capture()
@@ -125,9 +129,11 @@ class Recorder:
         self._ends += 1
         changed = False
         if self.perturb is not None and not (call.parent is None and module is self.skip):
+            if call.anchors is not None:
+                call.outputs = [(path, t.detach().clone()) for path, t in leaves(output)]
             output = self._disturbed(module, output)
             changed = True
-        if self.outputs:
+        elif self.outputs:
             call.outputs = [(path, t.detach().clone()) for path, t in leaves(output)]
         if self.gradients and torch.is_grad_enabled():
             output = _with_own_views(output, call.output_grads)

@@ -34,6 +34,7 @@ class Sample:
 
     forward: dict[str, torch.Tensor]
     backward: dict[str, torch.Tensor]
+    inner: dict[tuple[str, int], Sample] = field(default_factory=dict)  # calls without floating inputs
 
 
 class References:
