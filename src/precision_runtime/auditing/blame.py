@@ -87,7 +87,7 @@ def _explain(judge: Judge, verdict: Verdict, worst: Judgement) -> tuple[Kind, st
     if worst.kind == "range":
         return "range", None, worst.note, None
     if worst.kind == "underflow":
-        return "underflow", None, "most of the error is values that were flushed to zero", None
+        return "underflow", None, worst.note or "most of the error is values that were flushed to zero", None
     call = verdict.call
     if call is not None and verdict.where == "forward" and not verdict.consequence:
         cast = _cast_proof(judge, call, worst.score)

@@ -46,7 +46,7 @@ def _layer_norm_backward(
     if x.device.type != "cpu" or x.dtype not in _HALF or result[1] is None and result[2] is None:
         return None
     wide = func(*(_single(a) for a in args), **kwargs)
-    factor = max(_factor(result[i], wide[i]) for i in (1, 2))
+    factor = max(_factor(result[i], wide[i], x.dtype) for i in (1, 2))
     if factor <= _HEALTHY:
         return None
     return (result[0], *(_as(result[i], wide[i]) for i in (1, 2))), factor
@@ -61,7 +61,7 @@ def _channels_last_convolution(
     if not _is_channels_last(x) and not _is_channels_last(weight):
         return None
     wide = func(*(_single(a) for a in args), **kwargs)
-    factor = _factor(result, wide)
+    factor = _factor(result, wide, x.dtype)
     if factor <= _HEALTHY:
         return None
     return _as(result, wide), factor
@@ -118,12 +118,12 @@ def _as(like: torch.Tensor | None, value: torch.Tensor | None) -> torch.Tensor |
     return None if like is None or value is None else value.to(like.dtype)
 
 
-def _factor(low: torch.Tensor | None, wide: torch.Tensor | None) -> float:
-    """Error of ``low`` over one rounding of a result of that size (u / sqrt(3) of its rms)."""
+def _factor(low: torch.Tensor | None, wide: torch.Tensor | None, dtype: torch.dtype) -> float:
+    """Error of ``low`` over one rounding to ``dtype`` of a result of that size (u / sqrt(3) of its rms)."""
     if low is None or wide is None or low.numel() == 0:
         return 0.0
     scale = float(wide.norm())
-    u = torch.finfo(low.dtype).eps / 2
+    u = torch.finfo(dtype).eps / 2
     error = float((low.to(wide.dtype) - wide).norm())
     return error / (u / 3**0.5 * scale) if scale > 0 and error == error else 0.0
 

@@ -48,6 +48,11 @@ class Judgement:
     bound: bool = False  # the figures are upper bounds: no perturbed run was needed
 
     @property
+    def settled(self) -> bool:
+        """Whether logic decided, and no perturbed run can change it."""
+        return self.kind is not None and math.isinf(self.excess)
+
+    @property
     def score(self) -> float:
         """The larger of excess and tail, both in units of the excess's limit."""
         return max(self.excess, self.tail / TAIL_RATIO)
@@ -69,6 +74,7 @@ class Pair:
     maximum: float = math.inf  # largest finite value of the observed dtype
     decision: bool = False
     flips: int = 0
+    gradient: bool = False
     rms_reference: float = field(init=False, default=0.0)
     rms_error: float = field(init=False, default=0.0)
 
@@ -91,6 +97,8 @@ class Pair:
         if self.decision:
             return self._decision(samples)
         spread, rms_spread = _spread(samples, self.reference)
+        if self._flushed(rms_spread):
+            return self._underflow(bool(samples))
         common = math.hypot(rms_spread, self.floor)
         if self.error.numel() == 0 or self.rms_error == 0.0:
             return Judgement(self.tensor, scale=self.rms_reference, bound=not samples)
@@ -128,6 +136,33 @@ class Pair:
         return Judgement(
             self.tensor, excess, tail, kind, worst, self.rms_error, self.rms_reference, bound=not sampled
         )
+
+    def _flushed(self, rms_spread: float) -> bool:
+        """Underflow by logic, for gradients only: most of the tensor's norm has become zero.
+
+        A weight whose gradient is zero does not train, however small the gradient was: optimizers divide its size out.
+        A tiny activation that becomes zero is as right as the format can hold it. A gradient that the perturbed runs
+        move by its own size is an exact zero (a key's bias): large terms that cancel.
+        """
+        small = self.gradient and 0.0 < self.rms_reference < self.step
+        if not small or rms_spread > 0.5 * self.rms_reference or self.rms_reference < SENTINEL**-1:
+            return False
+        gone = self.reference[self.observed == 0]
+        return float(torch.linalg.vector_norm(gone)) > 0.5 * self.rms_reference * math.sqrt(self.reference.numel())
+
+    def _underflow(self, sampled: bool) -> Judgement:
+        gone = (self.observed == 0) & (self.reference != 0)
+        where = int(torch.where(gone, self.reference.abs(), torch.zeros_like(self.reference)).argmax())
+        worst = Worst(
+            self.tensor, _unravel(where, self.shape), 0.0, float(self.reference[where]), 0.0,
+            float(gone.sum()) / max(1, gone.numel()),
+        )  # fmt: skip
+        return Judgement(
+            self.tensor, math.inf, math.inf, "underflow" if sampled else None, worst, self.rms_error, self.rms_reference,
+            f"most of this gradient became zero: its values are below the smallest that the dtype holds, {self.step:.3g}; "
+            "a loss scale (16-mixed) or bfloat16 keeps them",
+            bound=not sampled,
+        )  # fmt: skip
 
     def _range(self) -> Judgement:
         assert self.lost is not None
@@ -170,7 +205,9 @@ class Pair:
         )  # fmt: skip
 
 
-def pair(name: str, observed: torch.Tensor, reference: torch.Tensor, u: float, step: float = 0.0) -> Pair | str:
+def pair(
+    name: str, observed: torch.Tensor, reference: torch.Tensor, u: float, step: float = 0.0, gradient: bool = False
+) -> Pair | str:
     """Put an observed tensor beside its reference, or say in a sentence why they cannot be compared.
 
     Elements whose reference is NaN, infinite or a mask's sentinel are left out where the observed value agrees in kind.
@@ -210,7 +247,7 @@ def pair(name: str, observed: torch.Tensor, reference: torch.Tensor, u: float, s
         r = torch.where(r_mask, torch.zeros_like(r), r)
         if lost is None:
             a = torch.where(skip, torch.zeros_like(a), a)
-    return Pair(name, a, r, error, reference.shape, u, step, lost, out_of_range, maximum)
+    return Pair(name, a, r, error, reference.shape, u, step, lost, out_of_range, maximum, gradient=gradient)
 
 
 def flatten_sample(sample: torch.Tensor, like: Pair) -> torch.Tensor | None:

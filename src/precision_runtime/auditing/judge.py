@@ -85,7 +85,7 @@ class Sheet:
     apart: list[str] = field(default_factory=list)  # sentences on what cannot be compared
 
     def add(self, where: str, name: str, low: torch.Tensor, reference: torch.Tensor, u: float, step: float) -> None:
-        made = pair(name, low, reference, u, step)
+        made = pair(name, low, reference, u, step, gradient=where == "backward")
         if isinstance(made, str):
             self.apart.append(made)
         else:
@@ -177,7 +177,7 @@ class Judge:
         """Judge with as few perturbed runs as settle it; a bound up to ``threshold`` needs none."""
         judged = sheet.judge(self.yardstick.limit)
         threshold = self.yardstick.limit if threshold is None else threshold
-        open_ = {s for s, j in judged.items() if j.kind != "range" and j.score > threshold}
+        open_ = {s for s, j in judged.items() if not j.settled and j.score > threshold}
         if not open_:
             return judged
         samples: list[Sample] = []
@@ -230,22 +230,27 @@ class Judge:
         for path, low in call.input_grads.items():
             reference = grads.get(path)
             if reference is not None and reference.shape == low.shape:
-                sheet.add("backward", f"grad of {input_name(path)}", _unscaled(low, self.low.scale), reference, u, 0.0)
+                sheet.add("backward", f"grad of {input_name(path)}", _unscaled(low, self.low.scale), reference, u, self._gradient_step)
         if replay is not None:
             for key, name in self._owned.get(id(call), {}).items():
                 low_grad, reference = self.low.parameter_grads.get(key), replay.parameter_grads.get(key)
                 if low_grad is not None and reference is not None:
-                    sheet.add("backward", f"grad of {name}", _unscaled(low_grad, self.low.scale), reference, u, 0.0)
+                    sheet.add("backward", f"grad of {name}", _unscaled(low_grad, self.low.scale), reference, u, self._gradient_step)
         elif call.output_grads and self._owned.get(id(call)):
             # A parameter's gradient is screened against the whole run by ``whole``; here it must be replayed when
             # the whole run's did not agree.
             for key, name in self._owned[id(call)].items():
                 low_grad, reference = self.low.parameter_grads.get(key), self.true_grads.get(key)
                 if low_grad is not None and reference is not None:
-                    sheet.add("backward", f"grad of {name}", _unscaled(low_grad, self.low.scale), reference, u, 0.0)
+                    sheet.add("backward", f"grad of {name}", _unscaled(low_grad, self.low.scale), reference, u, self._gradient_step)
         return sheet
 
     true_grads: dict[int, torch.Tensor] = {}  # noqa: RUF012 - replaced per audit, by the whole reference's gradients
+
+    @property
+    def _gradient_step(self) -> float:
+        """One subnormal step of a gradient, after unscaling."""
+        return self.yardstick.step / self.low.scale
 
     def _single_use_parameters(self) -> dict[int, dict[int, str]]:
         """Parameters by the one call that uses them: {id(call): {id(parameter): name}}. Tied ones are left out."""

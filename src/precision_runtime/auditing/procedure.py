@@ -36,6 +36,9 @@ from precision_runtime.strategies import Strategy, strategy_for
 # Loss scales in the order in which a dynamic scaler comes to them from GradScaler's start of 2^16, four halvings at a
 # time: which of them is the first that keeps gradients finite does not matter to within those 4 bits of range.
 SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
+# Without a scaler the incoming gradient of outputs that are no scalar loss is ours to choose, and users' means make it
+# small: a gradient that only our sum over all outputs overflows is nobody's defect.
+SUM_SCALES = (1.0, 2.0**-4, 2.0**-8, 2.0**-12, 1.0)
 
 
 def audit(
@@ -174,7 +177,7 @@ class _Trial:
                         self.function, args, kwargs, recorder,
                         cotangent=loss_gradient(self.seed) if gradients else None,
                         parameters=self._parameters.values(),
-                        scales=SCALES if self.mode.scaled else (1.0,),
+                        scales=SCALES if self.mode.scaled else SUM_SCALES if self.mode.low else (1.0,),
                         forward_context=self._lane,
                     )  # fmt: skip
                 except RuntimeError as error:
@@ -260,10 +263,10 @@ class _Trial:
             sheet.apart.append(f"{len(low.outputs)} tensors come out in the mode, {len(theirs)} in FP64")
         for path, grad in low.input_grads.items():
             if path in reference.run.input_grads:
-                sheet.add("backward", f"grad of {input_name(path)}", _unscaled(grad, low.scale), reference.run.input_grads[path], u, 0.0)
+                sheet.add("backward", f"grad of {input_name(path)}", _unscaled(grad, low.scale), reference.run.input_grads[path], u, step / low.scale)
         for key, grad in low.parameter_grads.items():
             if key in judge.true_grads:
-                sheet.add("backward", f"grad of {names[key]}", _unscaled(grad, low.scale), judge.true_grads[key], u, 0.0)
+                sheet.add("backward", f"grad of {names[key]}", _unscaled(grad, low.scale), judge.true_grads[key], u, step / low.scale)
 
         def sample(number: int) -> Sample:
             made = reference.samples.setdefault((u, self._exact.key), [])

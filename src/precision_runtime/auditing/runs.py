@@ -42,7 +42,8 @@ def execute(
     """Run ``function``; with ``cotangent``, differentiate its outputs with respect to floating inputs and parameters.
 
     ``cotangent(path, output)`` gives each output's incoming gradient, or None to leave it out. ``scales`` are loss
-    scales in the order in which a dynamic scaler would come to them: the first that keeps every gradient finite counts.
+    scales in the order in which a dynamic scaler would come to them: the first that keeps every gradient finite counts,
+    the last where none does.
     The inputs are copied, so that in-place code changes copies only.
     """
     sources: list[tuple[str, torch.Tensor]] = []
@@ -81,23 +82,29 @@ def _differentiate(
     run.outputs = [(path, t.detach().clone()) for path, t in outputs]
     if cotangent is None:
         return run
-    incoming = [(t, c) for path, t in outputs if t.requires_grad for c in (cotangent(path, t),) if c is not None]
+    # What a cache object holds is no result that a loss is made of; and a replay could not see a gradient that comes in
+    # through one.
+    results = {path for path, _ in leaves(result, objects=False)}
+    incoming = [
+        (t, c) for path, t in outputs if t.requires_grad and path in results
+        for c in (cotangent(path, t),) if c is not None
+    ]  # fmt: skip
     wanted = list({id(p): p for p in parameters if p.requires_grad}.values())
     targets = [t for _, t in sources] + wanted
     if not incoming or not targets:
         return run
     run.differentiable = True
     found: Sequence[torch.Tensor | None] = ()
-    for scale in scales:
+    for number, scale in enumerate(scales, 1):
         found = torch.autograd.grad(
             [t for t, _ in incoming],
             targets,
             [_scaled(c, scale, t) for t, c in incoming],
             allow_unused=True,
-            retain_graph=scale != scales[-1],
+            retain_graph=number < len(scales),
         )
         run.scale = scale
-        if len(scales) == 1 or all(bool(torch.isfinite(g).all()) for g in found if g is not None):
+        if all(bool(torch.isfinite(g).all()) for g in found if g is not None):
             break
     run.recomputed = frozenset(recorder.recomputed)
     for (path, _), g in zip(sources, found[: len(sources)], strict=True):
