@@ -142,11 +142,18 @@ def work(options: argparse.Namespace) -> None:
             message = f"not built: {type(error).__name__}: {error}"
             print(MARK + json.dumps(row_of(options.worker, mode, remarks=[["not-built", "", message]])), flush=True)
         return
+    asked: list[list[str]] = []
     if options.cache:
-        switch_caches_on(model)
-    asked, own = [], refusal(model, arguments, keywords, gradients=options.gradients)
-    if own and options.gradients:
-        asked, own = [["no-gradients", "", own]], refusal(model, arguments, keywords, gradients=False)
+        switch_caches(model, on=True)
+        own = refusal(model, arguments, keywords, gradients=False)
+        if own:
+            asked.append(["no-cache", "", own])
+            switch_caches(model, on=False)
+    gradients = options.gradients
+    own = refusal(model, arguments, keywords, gradients)
+    if own and gradients:
+        asked.append(["no-gradients", "", own])
+        gradients, own = False, refusal(model, arguments, keywords, gradients=False)
     references = References()
     for mode in options.modes:
         if own:
@@ -159,7 +166,7 @@ def work(options: argparse.Namespace) -> None:
                 *arguments,
                 mode=mode,
                 kwargs=keywords,
-                gradients=options.gradients and not asked,
+                gradients=gradients,
                 seed=options.seed,
                 references=references,
             )
@@ -199,7 +206,7 @@ def refusal(model: Any, arguments: Any, keywords: Any, gradients: bool) -> str:
     return ""
 
 
-def switch_caches_on(model: Any) -> None:
+def switch_caches(model: Any, on: bool) -> None:
     """Set ``use_cache`` in the model's configuration and those inside it, where it exists.
 
     Not in the configurations of its parts: an encoder's own copy says no on purpose.
@@ -211,7 +218,7 @@ def switch_caches_on(model: Any) -> None:
             continue
         seen.add(id(config))
         if isinstance(getattr(config, "use_cache", None), bool):
-            config.use_cache = True
+            config.use_cache = on
         waiting += vars(config).values()
 
 
