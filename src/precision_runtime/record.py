@@ -110,7 +110,9 @@ class Report:
         if self.ok:
             lines = [f"{self.subject} holds in {lane}: {bits(self.lost_bits)} lost of {self.budget:g} allowed"]
         else:
-            lines = [f"{self.subject} fails in {lane}: {bits(self.lost_bits)} lost beyond what the mode must lose ({self.budget:g} allowed)"]
+            lines = [
+                f"{self.subject} fails in {lane}: {bits(self.lost_bits)} lost beyond what the mode must lose ({self.budget:g} allowed)"
+            ]
         for number, finding in enumerate(self.findings):
             lines += _describe(finding, first=number == 0)
         lines += [f"  remark: {f'{r.module}: ' if r.module else ''}{r.message}" for r in self.remarks]

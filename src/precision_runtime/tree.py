@@ -33,7 +33,7 @@ def _leaves(value: Any, path: str, objects: bool, seen: set[int]) -> Iterator[tu
     if isinstance(value, torch.Tensor):
         yield path, value
         return
-    if isinstance(value, _ATOMS) or callable(value) and not dataclasses.is_dataclass(value):
+    if isinstance(value, _ATOMS) or (callable(value) and not dataclasses.is_dataclass(value)):
         return
     if id(value) in seen:
         return
@@ -57,7 +57,10 @@ def _children(value: Any, objects: bool) -> list[tuple[str, Any]]:
 
 
 def map_tensors(
-    function: Callable[[torch.Tensor], torch.Tensor], value: Any, objects: bool = True, memo: dict[int, Any] | None = None
+    function: Callable[[torch.Tensor], torch.Tensor],
+    value: Any,
+    objects: bool = True,
+    memo: dict[int, Any] | None = None,
 ) -> Any:
     """Return ``value`` rebuilt with ``function`` applied to every tensor; containers are always new, leaves shared.
 
@@ -96,7 +99,7 @@ class _Mapper:
             return new
         if isinstance(value, Mapping):
             return self._remember(value, type(value)({k: self(v) for k, v in value.items()}))  # type: ignore[call-arg]
-        if dataclasses.is_dataclass(value) or self.objects and hasattr(value, "__dict__"):
+        if dataclasses.is_dataclass(value) or (self.objects and hasattr(value, "__dict__")):
             return self._object(value)
         return value
 

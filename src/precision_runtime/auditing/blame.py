@@ -20,12 +20,20 @@ def findings_of(judge: Judge) -> tuple[list[Finding], list[Remark]]:
     findings: list[Finding] = []
     remarks: list[Remark] = []
     steep_inside: set[int] = set()
+    whole_backward = any(v.failed for v in judge.verdicts if v.call is None and v.where == "backward")
     for verdict in sorted(judge.verdicts, key=_upstream_first):
-        if verdict.failed:
+        if verdict.failed and verdict.where == "backward" and verdict.worst.settled and not whole_backward:
+            # A gradient inside that leaves the range but reaches no parameter and no input: that of a padded row,
+            # which the embedding drops, or of a branch that weighs nothing.
+            remarks.append(
+                Remark("harmless-range", f"{verdict.worst.tensor}: {verdict.worst.note}; no final gradient is touched",
+                       _name(verdict.call))
+            )  # fmt: skip
+        elif verdict.failed:
             findings.append(_finding(judge, verdict))
         elif verdict.amplification > steep_limit:
             parent = verdict.call.parent if verdict.call is not None else None
-            inherited = verdict.call is None and bool(steep_inside) or id(verdict.call) in steep_inside
+            inherited = (verdict.call is None and bool(steep_inside)) or id(verdict.call) in steep_inside
             while parent is not None:
                 steep_inside.add(id(parent))
                 parent = parent.parent
@@ -57,9 +65,7 @@ def _one_per_module(findings: list[Finding]) -> list[Finding]:
     best: dict[tuple[str, str], Finding] = {}
     for finding in findings:
         key = (finding.module, finding.where)
-        if key not in best:
-            best[key] = finding
-        elif finding.excess > best[key].excess:
+        if key not in best or finding.excess > best[key].excess:
             best[key] = finding
     return list(best.values())
 
@@ -105,9 +111,19 @@ def _explain(judge: Judge, verdict: Verdict, worst: Judgement) -> tuple[Kind, st
     if worst.note:
         figure = worst.note
     if call is not None and type(call.module).__module__.startswith("torch.nn.modules") and not call.children:
-        return "kernel", None, f"{figure}; the module is torch's own: its kernel or its use in this dtype is to blame", None
-    own = "" if call is None else (
-        ", on the inputs that it really got" + ("" if verdict.where == "forward" else " and the gradient that really came in")
+        return (
+            "kernel",
+            None,
+            f"{figure}; the module is torch's own: its kernel or its use in this dtype is to blame",
+            None,
+        )
+    own = (
+        ""
+        if call is None
+        else (
+            ", on the inputs that it really got"
+            + ("" if verdict.where == "forward" else " and the gradient that really came in")
+        )
     )
     inside = "; a part of it is to blame" if verdict.consequence else ""
     return "instability", None, f"{figure}{own}{inside}", None

@@ -42,8 +42,8 @@ def defect_of(op: str) -> KnownDefect | None:
 def _layer_norm_backward(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
 ) -> tuple[Any, float] | None:
-    grad, x = args[0], args[1]
-    if x.device.type != "cpu" or x.dtype not in _HALF or result[1] is None and result[2] is None:
+    _grad, x = args[0], args[1]
+    if x.device.type != "cpu" or x.dtype not in _HALF or (result[1] is None and result[2] is None):
         return None
     wide = func(*(_single(a) for a in args), **kwargs)
     factor = max(_factor(result[i], wide[i], x.dtype) for i in (1, 2))

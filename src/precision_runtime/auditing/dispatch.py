@@ -86,18 +86,14 @@ class TrueDouble(TorchDispatchMode):
             return self._narrow(func, args, kwargs, writes, error)
 
     @staticmethod
-    def _widen(
-        args: Sequence[Any], kwargs: dict[str, Any], writes: bool
-    ) -> tuple[Sequence[Any], dict[str, Any]]:
+    def _widen(args: Sequence[Any], kwargs: dict[str, Any], writes: bool) -> tuple[Sequence[Any], dict[str, Any]]:
         if not any(_is_narrow(a) for a in args) and not any(_is_narrow(a) for a in kwargs.values()):
             return args, kwargs
         if writes:  # the written tensor keeps its dtype; torch promotes elementwise operands by itself
             return args, kwargs
         return tuple(_each(_wide, a) for a in args), {k: _each(_wide, v) for k, v in kwargs.items()}
 
-    def _narrow(
-        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], writes: bool, error: Exception
-    ) -> Any:
+    def _narrow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], writes: bool, error: Exception) -> Any:
         if not any(_is_double(a) for a in (*args, *kwargs.values())):
             raise error
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -173,7 +169,9 @@ class LowWatch(TorchDispatchMode):
                 self.products.add(first.dtype)
         return result
 
-    def _repair(self, defect: KnownDefect, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Any:
+    def _repair(
+        self, defect: KnownDefect, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
+    ) -> Any:
         right = defect.correct(func, args, kwargs, result)
         if right is None:
             return result

@@ -87,23 +87,38 @@ class Pair:
         """R, with one subnormal step where that is granted."""
         return math.hypot(self.u / math.sqrt(3.0) * self.rms_reference, self.step)
 
-    def judge(self, samples: Sequence[torch.Tensor] = (), locate: float = 1.0) -> Judgement:
+    def judge(
+        self,
+        samples: Sequence[torch.Tensor] = (),
+        wide: Sequence[torch.Tensor] = (),
+        width: float = 1.0,
+        locate: float = 1.0,
+    ) -> Judgement:
         """Judge with the perturbed references seen so far; with none, the figures are upper bounds.
 
+        ``wide`` are references disturbed ``width`` times as much; where a ``width``-th of their spread is larger, it counts.
         The worst element is looked for only where the score is above ``locate``.
         """
         if self.lost is not None:
             return self._range()
         if self.decision:
-            return self._decision(samples)
+            return self._decision([*samples, *wide])
         spread, rms_spread = _spread(samples, self.reference)
+        if wide:
+            more, rms_more = _spread(wide, self.reference)
+            assert spread is not None
+            assert more is not None
+            spread = torch.maximum(spread, more / width)
+            rms_spread = max(rms_spread, rms_more / width)
         if self._flushed(rms_spread):
             return self._underflow(bool(samples))
         common = math.hypot(rms_spread, self.floor)
         if self.error.numel() == 0 or self.rms_error == 0.0:
             return Judgement(self.tensor, scale=self.rms_reference, bound=not samples)
         if common == 0.0:  # reference exactly 0, no spread: only an exact 0 is right
-            return self._result(math.inf, math.inf, self.error.abs(), torch.zeros_like(self.error), bool(samples), locate)
+            return self._result(
+                math.inf, math.inf, self.error.abs(), torch.zeros_like(self.error), bool(samples), locate
+            )
         allowed = self.reference.abs().mul_(self.u).add_(common + self.step)
         if spread is not None:
             allowed += spread
@@ -133,19 +148,18 @@ class Pair:
             if float(self.error[flushed].square().sum()) > 0.5 * float(self.error.square().sum()):
                 if float(self.reference[flushed].abs().max()) < FORMATS["float32"].smallest_normal ** 0.5:
                     kind = "underflow"
-        return Judgement(
-            self.tensor, excess, tail, kind, worst, self.rms_error, self.rms_reference, bound=not sampled
-        )
+        return Judgement(self.tensor, excess, tail, kind, worst, self.rms_error, self.rms_reference, bound=not sampled)
 
     def _flushed(self, rms_spread: float) -> bool:
         """Underflow by logic, for gradients only: most of the tensor's norm has become zero.
 
         A weight whose gradient is zero does not train, however small the gradient was: optimizers divide its size out.
         A tiny activation that becomes zero is as right as the format can hold it. A gradient that the perturbed runs
-        move by its own size is an exact zero (a key's bias): large terms that cancel.
+        move by its own size is an exact zero (a key's bias): large terms that cancel. One below FP32's normal range is
+        lost in every mode.
         """
         small = self.gradient and 0.0 < self.rms_reference < self.step
-        if not small or rms_spread > 0.5 * self.rms_reference or self.rms_reference < SENTINEL**-1:
+        if not small or rms_spread > 0.5 * self.rms_reference or self.rms_reference < FORMATS["float32"].smallest_normal:
             return False
         gone = self.reference[self.observed == 0]
         return float(torch.linalg.vector_norm(gone)) > 0.5 * self.rms_reference * math.sqrt(self.reference.numel())

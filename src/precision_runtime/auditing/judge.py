@@ -24,17 +24,22 @@ from precision_runtime.auditing.references import Sample
 from precision_runtime.auditing.runs import Run, execute
 from precision_runtime.auditing.worlds import Worlds, widen, widen_tree
 
-# Perturbed runs: one where the answer is clear (the rms over many elements is as good from one run as from many),
-# more before anything is called a failure. A decision that flips on a near tie (an expert, an argmax) in the mode flips in a share p of the perturbed runs, and 1/sqrt(p) must stay below
-# the limit of 4: with 32 runs, one flip or two are seen.
-SAMPLES = (1, 4, 32)
+# Perturbed runs: one where the answer is clear (the rms over many elements is as good from one run as from many), more
+# before anything is called a failure.
+SAMPLES = (1, 4, 16)
 MARGINS = (0.5, 0.75, 1.0)  # a score below this share of the limit is clear after so many runs
+# A decision (an expert, an argmax, the side of a ReLU) that the mode flips on a near tie may flip in one of a thousand
+# runs disturbed by u: rounding errors have tails, and there are many near ties. So before anything is called a failure,
+# runs disturbed by WIDE u are made, and their spread over WIDE is granted where it is larger. For everything smooth it
+# is the same spread.
+WIDE = 4.0
+WIDE_SAMPLES = 12
 FEW = 64  # elements; a spread over fewer is too uncertain after one run
 # Under autocast an FP32 island costs nothing, so a function this much steeper than its operands' rounding is a
 # finding there: every repaired or innocent module measured is at most 16.8, every steep defect at least 32.7.
 AMPLIFICATION = 24.0
 
-Enclosing = Callable[[int], Sample]  # the n-th perturbed run of the FP64 run that twins come from
+Sampler = Callable[[int, float], Sample]  # the n-th perturbed run, disturbed by so many u
 Site = tuple[str, str]  # ("forward" | "backward", tensor)
 
 
@@ -91,13 +96,20 @@ class Sheet:
         else:
             self.pairs[where, name] = made
 
-    def judge(self, limit: float, samples: Sequence[Sample] = ()) -> dict[Site, Judgement]:
-        out = {}
-        for site, entry in self.pairs.items():
-            found = [getattr(s, site[0]).get(site[1]) for s in samples]
-            flat = [f for t in found if t is not None for f in (flatten_sample(t, entry),) if f is not None]
-            out[site] = entry.judge(flat, locate=limit)
-        return out
+    def judge(
+        self, limit: float, samples: Sequence[Sample] = (), wide: Sequence[Sample] = ()
+    ) -> dict[Site, Judgement]:
+        """Judge every pair with the perturbed runs given; worst elements are looked for above ``limit`` only."""
+        return {
+            site: entry.judge(_values(samples, site, entry), _values(wide, site, entry), WIDE, locate=limit)
+            for site, entry in self.pairs.items()
+        }
+
+
+def _values(samples: Sequence[Sample], site: Site, entry: Pair) -> list[torch.Tensor]:
+    found = [getattr(s, site[0]).get(site[1]) for s in samples]
+    flat = [flatten_sample(t, entry) for t in found if t is not None]
+    return [f for f in flat if f is not None]
 
 
 class Judge:
@@ -113,7 +125,7 @@ class Judge:
 
     # -- the walk ---------------------------------------------------------------------------------------------------
 
-    def visit(self, call: Call, twins: dict[int, Call], enclosing: Enclosing) -> set[str]:
+    def visit(self, call: Call, twins: dict[int, Call], enclosing: Sampler) -> set[str]:
         """Judge one call and everything inside it; return the directions in which something failed.
 
         ``twins`` are the calls' counterparts in an FP64 run that started further upstream, whose perturbed runs
@@ -132,7 +144,7 @@ class Judge:
             return failed
         if sheet is not None and twin is not None and not sheet.apart and _anchored(call, twin):
             failed = self._visit_all(call.children, twins, enclosing)
-            judged = self.decide(sheet, lambda n: enclosing(n).inner[twin.name, twin.index], failed)
+            judged = self.decide(sheet, lambda n, width: enclosing(n, width).inner[twin.name, twin.index], failed)
             return failed | self._note(call, judged, sheet, failed)
         replay = self._replay(call)
         if replay is None:
@@ -148,8 +160,8 @@ class Judge:
         judged = self.decide(sheet, sampler, failed)
         return failed | self._note(call, judged, sheet, failed)
 
-    def whole(self, reference: Run, sheet: Sheet, samples: Callable[[int], Sample]) -> set[str]:
-        """Judge the whole function, after everything in it; ``samples(n)`` gives the n-th perturbed run."""
+    def whole(self, reference: Run, sheet: Sheet, samples: Sampler) -> set[str]:
+        """Judge the whole function, after everything in it; ``samples`` makes its perturbed runs."""
         tops = [c for c in self.low.calls if c.parent is None]
         twins = match(self.low.calls, reference.calls)
         failed: set[str] = set()
@@ -163,7 +175,7 @@ class Judge:
         judged = self.decide(sheet, samples, failed, threshold=1.0)
         return failed | self._note(None, judged, sheet, failed)
 
-    def _visit_all(self, calls: Sequence[Call], twins: dict[int, Call], enclosing: Enclosing) -> set[str]:
+    def _visit_all(self, calls: Sequence[Call], twins: dict[int, Call], enclosing: Sampler) -> set[str]:
         failed: set[str] = set()
         for call in calls:
             failed |= self.visit(call, twins, enclosing)
@@ -172,7 +184,7 @@ class Judge:
     # -- deciding ---------------------------------------------------------------------------------------------------
 
     def decide(
-        self, sheet: Sheet, sample: Callable[[int], Sample], failed: set[str], threshold: float | None = None
+        self, sheet: Sheet, sample: Sampler, failed: set[str], threshold: float | None = None
     ) -> dict[Site, Judgement]:
         """Judge with as few perturbed runs as settle it; a bound up to ``threshold`` needs none."""
         judged = sheet.judge(self.yardstick.limit)
@@ -183,14 +195,16 @@ class Judge:
         samples: list[Sample] = []
         for count, margin in zip(SAMPLES, MARGINS, strict=True):
             while len(samples) < count:
-                samples.append(sample(len(samples)))
+                samples.append(sample(len(samples), 1.0))
             again = Sheet({s: sheet.pairs[s] for s in open_}).judge(self.yardstick.limit, samples)
             judged.update(again)
             small = {s for s in open_ if count == 1 and sheet.pairs[s].reference.numel() < FEW}
             open_ = small | {s for s in open_ if again[s].score > margin * self.yardstick.limit}
             # The parent of a failing call fails with it; its own figure need not be exact.
-            if not open_ or all(s[0] in failed for s in open_) and count > 1:
-                break
+            if not open_ or (all(s[0] in failed for s in open_) and count > 1):
+                return judged
+        wide = [sample(n, WIDE) for n in range(WIDE_SAMPLES)]
+        judged.update(Sheet({s: sheet.pairs[s] for s in open_}).judge(self.yardstick.limit, samples, wide))
         return judged
 
     def _passes(self, judgement: Judgement) -> bool:
@@ -230,19 +244,40 @@ class Judge:
         for path, low in call.input_grads.items():
             reference = grads.get(path)
             if reference is not None and reference.shape == low.shape:
-                sheet.add("backward", f"grad of {input_name(path)}", _unscaled(low, self.low.scale), reference, u, self._gradient_step)
+                sheet.add(
+                    "backward",
+                    f"grad of {input_name(path)}",
+                    _unscaled(low, self.low.scale),
+                    reference,
+                    u,
+                    self._gradient_step,
+                )
         if replay is not None:
             for key, name in self._owned.get(id(call), {}).items():
                 low_grad, reference = self.low.parameter_grads.get(key), replay.parameter_grads.get(key)
                 if low_grad is not None and reference is not None:
-                    sheet.add("backward", f"grad of {name}", _unscaled(low_grad, self.low.scale), reference, u, self._gradient_step)
+                    sheet.add(
+                        "backward",
+                        f"grad of {name}",
+                        _unscaled(low_grad, self.low.scale),
+                        reference,
+                        u,
+                        self._gradient_step,
+                    )
         elif call.output_grads and self._owned.get(id(call)):
             # A parameter's gradient is screened against the whole run by ``whole``; here it must be replayed when
             # the whole run's did not agree.
             for key, name in self._owned[id(call)].items():
                 low_grad, reference = self.low.parameter_grads.get(key), self.true_grads.get(key)
                 if low_grad is not None and reference is not None:
-                    sheet.add("backward", f"grad of {name}", _unscaled(low_grad, self.low.scale), reference, u, self._gradient_step)
+                    sheet.add(
+                        "backward",
+                        f"grad of {name}",
+                        _unscaled(low_grad, self.low.scale),
+                        reference,
+                        u,
+                        self._gradient_step,
+                    )
         return sheet
 
     true_grads: dict[int, torch.Tensor] = {}  # noqa: RUF012 - replaced per audit, by the whole reference's gradients
@@ -260,7 +295,7 @@ class Judge:
         owners: dict[int, set[int]] = {}
         names: dict[int, str] = {}
         where: dict[int, Call] = {}
-        by_path = {name: module for name, module in self.worlds.names.items()}
+        by_path = dict(self.worlds.names.items())
         for path, module in by_path.items():
             for name, p in module._parameters.items():
                 if p is None:
@@ -311,8 +346,8 @@ class Judge:
         sheet = self._sheet(call, run.calls[0], run)
         return Sheet({s: p for s, p in sheet.pairs.items() if s[0] == "forward"}).judge(self.yardstick.limit)
 
-    def _sample_call(self, call: Call, number: int) -> Sample:
-        noise = Noise(self.yardstick.own_u(call), self.yardstick.seed, number)
+    def _sample_call(self, call: Call, number: int, width: float) -> Sample:
+        noise = Noise(width * self.yardstick.own_u(call), self.yardstick.seed, number)
         used = {id(p) for p in call.module.parameters()}
         disturbed = noise.parameters(self.worlds.true_parameters, used)
         with self.worlds.true(parameters=disturbed, state=call.state), plain_double(), TrueDouble():
@@ -329,9 +364,11 @@ class Judge:
                     cotangent=self._incoming(call, noise), parameters=call.module.parameters(),
                 )  # fmt: skip
         names = self._owned.get(id(call), {})
-        return sample_of(run, {k: n for k, n in names.items()})
+        return sample_of(run, dict(names.items()))
 
-    def _incoming(self, call: Call, noise: Noise | None = None) -> Callable[[str, torch.Tensor], torch.Tensor | None] | None:
+    def _incoming(
+        self, call: Call, noise: Noise | None = None
+    ) -> Callable[[str, torch.Tensor], torch.Tensor | None] | None:
         if not call.output_grads:
             return None
         scale = self.low.scale

@@ -135,7 +135,9 @@ class _Trial:
         fallbacks = reference.fallbacks | judge.fallbacks
         if fallbacks:
             self.remarks.append(
-                Remark("reference", f"no FP64 kernel for {', '.join(sorted(fallbacks))}: computed in FP32 in the reference")
+                Remark(
+                    "reference", f"no FP64 kernel for {', '.join(sorted(fallbacks))}: computed in FP32 in the reference"
+                )
             )
         whole = max((v.score for v in judge.verdicts if v.call is None), default=0.0)
         # Only measured figures: a call that passed on its bound alone has lost less than the budget, nobody knows how much.
@@ -168,7 +170,8 @@ class _Trial:
         self._watch = LowWatch()
         gradients = self.gradients
         for attempt in ("plain", "with gradients"):
-            with worlds.low(), self._watch:
+            # An autocast around the audit is none of the mode's.
+            with worlds.low(), torch.autocast(self.strategy.device.type, enabled=False), self._watch:
                 reseed(self.seed)
                 args, kwargs = cast_tree(clone((self.args, self.kwargs)), TO[getattr(torch, self.mode.params)])
                 recorder = Recorder(worlds.names, worlds, inputs=True, gradients=gradients, frames=self._watch.frames)
@@ -249,7 +252,9 @@ class _Trial:
         format_ = self.mode.format
         # Within one step of the subnormal numbers a value is as right as the format can hold it.
         step = format_.smallest_subnormal
-        yardstick = Yardstick(format_.unit_roundoff, step, self.limit, self.mode.autocast, self.seed, self._u_of, self._exact, self._alike)
+        yardstick = Yardstick(
+            format_.unit_roundoff, step, self.limit, self.mode.autocast, self.seed, self._u_of, self._exact, self._alike
+        )
         judge = Judge(worlds, low, yardstick)
         names = _parameter_names(worlds)
         judge.true_grads = {k: reference.parameter_grads[n] for k, n in names.items() if n in reference.parameter_grads}
@@ -263,15 +268,29 @@ class _Trial:
             sheet.apart.append(f"{len(low.outputs)} tensors come out in the mode, {len(theirs)} in FP64")
         for path, grad in low.input_grads.items():
             if path in reference.run.input_grads:
-                sheet.add("backward", f"grad of {input_name(path)}", _unscaled(grad, low.scale), reference.run.input_grads[path], u, step / low.scale)
+                sheet.add(
+                    "backward",
+                    f"grad of {input_name(path)}",
+                    _unscaled(grad, low.scale),
+                    reference.run.input_grads[path],
+                    u,
+                    step / low.scale,
+                )
         for key, grad in low.parameter_grads.items():
             if key in judge.true_grads:
-                sheet.add("backward", f"grad of {names[key]}", _unscaled(grad, low.scale), judge.true_grads[key], u, step / low.scale)
+                sheet.add(
+                    "backward",
+                    f"grad of {names[key]}",
+                    _unscaled(grad, low.scale),
+                    judge.true_grads[key],
+                    u,
+                    step / low.scale,
+                )
 
-        def sample(number: int) -> Sample:
-            made = reference.samples.setdefault((u, self._exact.key), [])
+        def sample(number: int, width: float) -> Sample:
+            made = reference.samples.setdefault((width * u, self._exact.key), [])
             while len(made) <= number:
-                run, _ = self._true(worlds, Noise(u, self.seed, len(made)))
+                run, _ = self._true(worlds, Noise(width * u, self.seed, len(made)))
                 made.append(sample_of(run, names))
             return made[number]
 
@@ -303,7 +322,10 @@ class _Trial:
         ran = ", ".join(sorted(str(d).removeprefix("torch.") for d in self._watch.products))
         if self.mode.autocast and self._watch.products == {torch.float32}:
             self.remarks.append(
-                Remark("not-applied", f"no op ran in {self.mode.compute}: the code switches autocast off around all of its products")
+                Remark(
+                    "not-applied",
+                    f"no op ran in {self.mode.compute}: the code switches autocast off around all of its products",
+                )
             )
             return []
         if not self.mode.autocast and not self._parameters:
@@ -319,7 +341,7 @@ class _Trial:
 
     def _does_not_run(self, worlds: Worlds, error: Exception) -> Report:
         """The code raised in the mode: a finding where float32 works, otherwise the code's own error."""
-        if isinstance(error, AuditError) or self.mode.params == "float32" and not self.mode.autocast:
+        if isinstance(error, AuditError) or (self.mode.params == "float32" and not self.mode.autocast):
             raise error
         if self._plain_error(worlds) is not None:
             raise error

@@ -91,9 +91,7 @@ class Recorder:
             return None
         index = self._counts.get(id(module), 0)
         self._counts[id(module)] = index + 1
-        call = Call(
-            self._names[id(module)], module, self._open[-1] if self._open else None, len(self.calls), index
-        )
+        call = Call(self._names[id(module)], module, self._open[-1] if self._open else None, len(self.calls), index)
         self.calls.append(call)
         if call.parent is not None:
             call.parent.children.append(call)

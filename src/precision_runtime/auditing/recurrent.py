@@ -33,7 +33,7 @@ def noisy_states(modules: Iterable[nn.Module], perturb: Perturb) -> Iterator[Non
 def _replaced(module: nn.RNNBase, perturb: Perturb) -> Iterator[None]:
     before = vars(module).get("forward")
 
-    def forward(input: Any, hx: Any = None) -> Any:  # noqa: A002 - torch's own parameter name
+    def forward(input: Any, hx: Any = None) -> Any:
         return step_through(module, input, hx, perturb)
 
     vars(module)["forward"] = forward
@@ -95,9 +95,7 @@ def _layers(
         for direction in range(directions):
             suffix = f"_l{layer}" + ("_reverse" if direction else "")
             row = layer * directions + direction
-            out, final = _direction(
-                module, suffix, x, tuple(s[row] for s in state), lengths, bool(direction), perturb
-            )
+            out, final = _direction(module, suffix, x, tuple(s[row] for s in state), lengths, bool(direction), perturb)
             outs.append(out)
             finals.append(final)
         x = torch.cat(outs, -1)
@@ -110,7 +108,9 @@ def _direction(
     module: nn.RNNBase, suffix: str, x: torch.Tensor, state: State, lengths: torch.Tensor | None, reverse: bool,
     perturb: Perturb,
 ) -> tuple[torch.Tensor, State]:  # fmt: skip
-    weights = {n: getattr(module, n + suffix, None) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")}
+    weights = {
+        n: getattr(module, n + suffix, None) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+    }
     gates = F.linear(x, weights["weight_ih"], weights["bias_ih"])
     steps = range(x.shape[0] - 1, -1, -1) if reverse else range(x.shape[0])
     cell = _CELLS[module.mode]

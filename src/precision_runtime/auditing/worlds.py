@@ -25,6 +25,44 @@ _MISSING = object()
 
 
 @dataclass
+class _Content:
+    """What a tensor or container attribute holds: the same objects (an LSTM lists its own parameters), and values."""
+
+    structure: Any  # the container with containers of its own and the very same tensors; None for a tensor
+    values: list[tuple[torch.Tensor, torch.Tensor, int]]  # tensor, copy, version
+
+    @classmethod
+    def of(cls, value: Any) -> _Content:
+        tensors = [t for _, t in leaves(value) if not isinstance(t, nn.Parameter)]
+        structure = None if isinstance(value, torch.Tensor) else map_tensors(lambda t: t, value)
+        return cls(structure, [(t, t.detach().clone(), t._version) for t in tensors])
+
+    def written(self) -> bool:
+        """Whether a tensor's values have been changed in place."""
+        return any(t._version != version for t, _, version in self.values)
+
+    def resized(self, value: Any) -> bool:
+        """Whether a container has another number of entries now."""
+        return self.structure is not None and len(value) != len(self.structure)
+
+    def put_back(self, value: Any) -> None:
+        """Give the attribute its content back, keeping its identity."""
+        for i, (t, kept, version) in enumerate(self.values):
+            if t._version != version and t.shape == kept.shape:
+                with torch.no_grad():
+                    t.copy_(kept)
+                self.values[i] = (t, kept, t._version)
+        if self.structure is None:
+            return
+        fresh = map_tensors(lambda t: t, self.structure)
+        value.clear()
+        if isinstance(value, (list, deque)):
+            value.extend(fresh)
+        else:
+            value.update(fresh)
+
+
+@dataclass
 class _Shelf:
     """What one module holds, shallowly; containers and tensors with a copy of their content."""
 
@@ -33,17 +71,15 @@ class _Shelf:
     buffers: dict[str, torch.Tensor | None]
     modules: dict[str, nn.Module | None]
     attributes: dict[str, Any]
-    contents: dict[str, Any] = field(default_factory=dict)
+    contents: dict[str, _Content] = field(default_factory=dict)
 
     @classmethod
     def of(cls, module: nn.Module) -> _Shelf:
         attributes = {k: v for k, v in vars(module).items() if k not in _INTERNAL}
         shelf = cls(module, dict(module._parameters), dict(module._buffers), dict(module._modules), attributes)
         for key, value in attributes.items():
-            if isinstance(value, torch.Tensor):
-                shelf.contents[key] = (value.detach().clone(), value._version)
-            elif isinstance(value, (list, dict, set, deque)):
-                shelf.contents[key] = clone(value)
+            if isinstance(value, (torch.Tensor, list, dict, set, deque)):
+                shelf.contents[key] = _Content.of(value)
         return shelf
 
     def put_attributes_back(self) -> None:
@@ -54,7 +90,7 @@ class _Shelf:
             if now.get(key, _MISSING) is not value:
                 now[key] = value
             if key in self.contents:
-                _refill(value, self.contents[key])
+                self.contents[key].put_back(value)
 
 
 class Worlds:
@@ -92,6 +128,8 @@ class Worlds:
                     if id(b) not in shared:
                         shared[id(b)] = widen(originals.truth(module, name, b))
                     self.true_buffers[id(module), name] = shared[id(b)]
+        for p in self._parameters.values():
+            p.grad = None  # the mode's cast would change it in place, as module.to does
 
     def note_low(self) -> None:
         """Take the present tensors (after the mode's cast) as the low world."""
@@ -168,17 +206,15 @@ class Worlds:
                 if key in _INTERNAL:
                     continue
                 before = shelf.attributes.get(key, _MISSING)
-                if value is not before and not isinstance(value, nn.Module):
-                    changed[id(module), key] = clone(value)
-                elif isinstance(value, torch.Tensor) and value._version != shelf.contents[key][1]:
-                    changed[id(module), key] = clone(value)
-                elif isinstance(value, (list, dict, set, deque)) and len(value) != len(shelf.contents[key]):
+                if (
+                    (value is not before and not isinstance(value, nn.Module))
+                    or (isinstance(value, torch.Tensor) and shelf.contents[key].written())
+                    or (isinstance(value, (list, dict, set, deque)) and shelf.contents[key].resized(value))
+                ):
                     changed[id(module), key] = clone(value)
         return changed
 
-    def _enter(
-        self, parameters: Mapping[int, torch.Tensor], buffers: Mapping[tuple[int, str], torch.Tensor]
-    ) -> None:
+    def _enter(self, parameters: Mapping[int, torch.Tensor], buffers: Mapping[tuple[int, str], torch.Tensor]) -> None:
         self._by_id = {id(m): m for m in self._modules}
         self._shelf_of = {id(s.module): s for s in self._base}
         self._reset_attributes()
@@ -222,25 +258,3 @@ def clone(value: Any) -> Any:
 
 def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return len(a) == len(b) and all(k in b and b[k] is v for k, v in a.items())
-
-
-def _refill(value: Any, content: Any) -> None:
-    """Give a container or tensor back the content that it had, keeping its identity."""
-    if isinstance(value, torch.Tensor):
-        kept, version = content
-        if value._version != version and kept.shape == value.shape:
-            with torch.no_grad():
-                value.copy_(kept)
-        return
-    if not any(True for _ in leaves(content)) and value == content:
-        return
-    fresh = clone(content)
-    if isinstance(value, dict):
-        value.clear()
-        value.update(fresh)
-    elif isinstance(value, (list, deque)):
-        value.clear()
-        value.extend(fresh)
-    elif isinstance(value, set):
-        value.clear()
-        value.update(fresh)
