@@ -92,6 +92,8 @@ class _Mapper:
             new.clear()
             new.extend(items)
             return new
+        if isinstance(value, set):  # a set of its own, for what is put in later; its members are found by hash
+            return self._remember(value, copy.copy(value))
         if isinstance(value, MutableMapping):
             new = self._remember(value, copy.copy(value))
             for key in list(value):
