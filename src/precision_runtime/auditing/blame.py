@@ -7,7 +7,7 @@ import math
 import torch
 
 from precision_runtime.auditing.excess import Judgement
-from precision_runtime.auditing.judge import AMPLIFICATION, Judge, Verdict
+from precision_runtime.auditing.judge import Judge, Verdict
 from precision_runtime.auditing.recorder import Call
 from precision_runtime.auditing.worlds import widen
 from precision_runtime.record import Finding, Kind, Remark, Where, bits, lost_bits
@@ -15,8 +15,6 @@ from precision_runtime.record import Finding, Kind, Remark, Where, bits, lost_bi
 
 def findings_of(judge: Judge) -> tuple[list[Finding], list[Remark]]:
     """All findings, guilty parts first: innermost failing calls in the order in which they failed, then their callers."""
-    limit = judge.yardstick.limit
-    steep_limit = AMPLIFICATION * limit / 4.0
     findings: list[Finding] = []
     remarks: list[Remark] = []
     steep_inside: set[int] = set()
@@ -31,7 +29,7 @@ def findings_of(judge: Judge) -> tuple[list[Finding], list[Remark]]:
             )  # fmt: skip
         elif verdict.failed:
             findings.append(_finding(judge, verdict))
-        elif verdict.amplification > steep_limit:
+        elif verdict.amplification > 0.0:
             parent = verdict.call.parent if verdict.call is not None else None
             inherited = (verdict.call is None and bool(steep_inside)) or id(verdict.call) in steep_inside
             while parent is not None:

@@ -91,14 +91,14 @@ excess = float((low - true).norm() / true.norm()) * 2**8
         device="cpu",
         dtypes=(torch.bfloat16,),
         torch_versions="2.13",
-        summary="oneDNN's bf16 convolution of a channels-last input as large as its kernel (8 by 8, 8 or 16 channels) "
+        summary="oneDNN's bf16 convolution of a channels-last input as large as its kernel and stride (8 by 8, 8 or 16 channels) "
         "is more than 100% wrong; contiguous inputs and other channel counts are right",
         reproduction="""
 import torch
 x = torch.randn(2, 16, 8, 8).bfloat16().to(memory_format=torch.channels_last)
 w = torch.randn(16, 16, 8, 8).bfloat16()
-true = torch.nn.functional.conv2d(x.double(), w.double())
-low = torch.nn.functional.conv2d(x, w).double()
+true = torch.nn.functional.conv2d(x.double(), w.double(), stride=8)
+low = torch.nn.functional.conv2d(x, w, stride=8).double()
 excess = float((low - true).norm() / true.norm()) * 2**8
 """,
         correct=_channels_last_convolution,

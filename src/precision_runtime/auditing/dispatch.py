@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from precision_runtime import forwarding
 from precision_runtime.auditing.defects import KnownDefect, defect_of
+from precision_runtime.auditing.noise import Noise, is_count
 from precision_runtime.auditing.randomness import Draw, draw_of
 
 aten = torch.ops.aten
@@ -49,6 +50,28 @@ def plain_double() -> Iterator[None]:
             torch.set_default_dtype(before)
 
 
+# Ops that turn values into decisions: a rounded operand that stands near a tie decides otherwise.
+_DECISIONS = frozenset(
+    f"aten::{name}"
+    for name in (
+        "topk", "sort", "argsort", "argmax", "argmin", "max", "min", "kthvalue", "median", "mode", "ge", "gt", "le", "lt",
+        "eq", "ne", "floor", "ceil", "round", "trunc", "floor_divide", "bucketize", "searchsorted",
+        "grid_sampler_2d", "grid_sampler_3d", "grid_sampler_2d_backward", "grid_sampler_3d_backward",
+    )
+)  # fmt: skip
+# The gradient of a softmax is a difference of terms that cancel (exactly, in the sum over a row), so an exact zero such
+# as the gradient of a key's bias stays one however the rest of an FP64 run is disturbed. What rounding costs there goes
+# by the size of the terms: the operands are disturbed.
+_CANCELLING = frozenset(
+    f"aten::{name}"
+    for name in (
+        "_softmax_backward_data", "_scaled_dot_product_flash_attention_for_cpu_backward",
+        "_scaled_dot_product_flash_attention_backward", "_scaled_dot_product_efficient_attention_backward",
+        "_scaled_dot_product_cudnn_attention_backward",
+    )
+)  # fmt: skip
+
+
 class TrueDouble(TorchDispatchMode):
     """Every floating computation in FP64, also where user code asks for another dtype.
 
@@ -56,11 +79,17 @@ class TrueDouble(TorchDispatchMode):
     - narrower floating operands are widened first (constants that user code made in FP32);
     - an op without an FP64 kernel runs on FP32 copies and its results are widened (``fallbacks`` lists them);
     - random draws are made as in the low-precision run.
+
+    With ``noise``, operands of two kinds of op are disturbed besides what a ``Recorder`` disturbs: those of
+    ``_CANCELLING`` ops, and those of decisions that had been rounded to the mode's dtype when the low-precision run
+    came to the same decision. ``marks`` says so: an iterator for each open module call, innermost last.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, noise: Noise | None = None, marks: Sequence[bool] = ()) -> None:
         super().__init__()
         self.fallbacks: set[str] = set()
+        self.marks: list[Iterator[bool]] = [iter(marks)]
+        self._noise = noise
         self._plans: dict[Any, tuple[Draw | None, bool, bool]] = {}
 
     def __torch_dispatch__(
@@ -80,10 +109,22 @@ class TrueDouble(TorchDispatchMode):
             return draw(func, args, kwargs)
         if not aliases or writes:
             args, kwargs = self._widen(args, kwargs, writes)
+        if self._noise is not None and not writes:
+            args = self._disturbed(func, args)
         try:
             return func(*args, **kwargs)
         except (RuntimeError, NotImplementedError) as error:
             return self._narrow(func, args, kwargs, writes, error)
+
+    def _disturbed(self, func: Any, args: Sequence[Any]) -> Sequence[Any]:
+        name = func._schema.name
+        noise = self._noise
+        assert noise is not None
+        if name in _CANCELLING:
+            return tuple(_each(noise, a) for a in args)
+        if is_decision(func, args) and next(self.marks[-1], False):
+            return tuple(_each(lambda t: t if is_count(t) else noise(t), a) for a in args)
+        return args
 
     @staticmethod
     def _widen(args: Sequence[Any], kwargs: dict[str, Any], writes: bool) -> tuple[Sequence[Any], dict[str, Any]]:
@@ -124,6 +165,7 @@ class Trace:
 
     dtypes: set[torch.dtype] = field(default_factory=set)
     terms: float = 1.0
+    decisions: list[bool] = field(default_factory=list)  # its own, in order: had the operand been rounded?
 
     def include(self, inner: Trace) -> None:
         """Add what a call inside this one did."""
@@ -139,8 +181,9 @@ class LowWatch(TorchDispatchMode):
     that were met; those are computed rightly instead, so that they hide nothing else.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, low: torch.dtype) -> None:
         super().__init__()
+        self._low = low
         self.products: set[torch.dtype] = set()
         self.frames: list[Trace] = [Trace()]
         self.defects: dict[str, tuple[KnownDefect, float]] = {}
@@ -157,6 +200,8 @@ class LowWatch(TorchDispatchMode):
         draw, product, defect = plan
         if draw is not None:
             return draw(func, args, kwargs)
+        if is_decision(func, args):
+            self.frames[-1].decisions.append(_is_rounded(args[0], self._low))
         result = func(*args, **kwargs)
         if defect is not None:
             result = self._repair(defect, func, args, kwargs, result)
@@ -164,7 +209,7 @@ class LowWatch(TorchDispatchMode):
         if first is not None and first.is_floating_point():
             trace = self.frames[-1]
             trace.dtypes.add(first.dtype)
-            trace.terms = max(trace.terms, _terms(args, first, product))
+            trace.terms = max(trace.terms, _terms(func._schema.name, args, first, product))
             if product:
                 self.products.add(first.dtype)
         return result
@@ -181,9 +226,28 @@ class LowWatch(TorchDispatchMode):
         return better
 
 
-def _terms(args: Sequence[Any], result: torch.Tensor, product: bool) -> float:
+def is_decision(func: Any, args: Sequence[Any]) -> bool:
+    """Whether the op decides something by floating operands."""
+    name = func._schema.name
+    if name not in _DECISIONS or not args or not isinstance(args[0], torch.Tensor) or not args[0].is_floating_point():
+        return False
+    return name not in ("aten::max", "aten::min") or len(func._schema.returns) == 2
+
+
+def _is_rounded(t: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether the tensor is in the dtype, or holds only values that the dtype has."""
+    return t.dtype == dtype or bool((t.to(dtype).to(t.dtype) == t).all())
+
+
+# Ops that add rows where an index says: all of them may fall on one.
+_SCATTERS = frozenset(f"aten::{n}" for n in ("embedding_dense_backward", "index_add", "scatter_add", "index_put"))
+
+
+def _terms(name: str, args: Sequence[Any], result: torch.Tensor, product: bool) -> float:
     """How many terms each element of the result sums: K for (M, K) @ (K, N), by the sizes alone."""
     size = max(1, result.numel())
+    if name in _SCATTERS:
+        return float(max((a.numel() for a in args if isinstance(a, torch.Tensor) and not a.is_floating_point()), default=1))
     if not product:
         source = args[0] if args else None
         return source.numel() / size if isinstance(source, torch.Tensor) else 1.0

@@ -126,6 +126,10 @@ class Pair:
         tail = float((size / allowed).max())
         return self._result(self.rms_error / common, tail, size, allowed, bool(samples), locate)
 
+    def spread(self, samples: Sequence[torch.Tensor]) -> float:
+        """The rms distance of perturbed references from the reference."""
+        return _spread(samples, self.reference)[1]
+
     def _result(
         self, excess: float, tail: float, size: torch.Tensor, allowed: torch.Tensor, sampled: bool, locate: float
     ) -> Judgement:

@@ -38,6 +38,11 @@ FEW = 64  # elements; a spread over fewer is too uncertain after one run
 # Under autocast an FP32 island costs nothing, so a function this much steeper than its operands' rounding is a
 # finding there: every repaired or innocent module measured is at most 16.8, every steep defect at least 32.7.
 AMPLIFICATION = 24.0
+# A steep function is steep for the smallest disturbance, too; a decision that flips on a near tie is not. So runs
+# disturbed by u / 64 must move the result by as much as the excess, which has passed, allows: 24 over the limit of 4.
+NARROW = 1 / 64
+NARROW_SAMPLES = 2
+STEEPNESS = AMPLIFICATION / 4.0
 
 Sampler = Callable[[int, float], Sample]  # the n-th perturbed run, disturbed by so many u
 Site = tuple[str, str]  # ("forward" | "backward", tensor)
@@ -52,9 +57,10 @@ class Yardstick:
     limit: float
     mixed: bool
     seed: int
-    own_u: Callable[[Call | None], float]
+    own_u: Callable[[Call | None, str], float]
     exact: Exact
     alike: frozenset[str]  # modules that run again during backward
+    tables: bool  # whether buffers, too, are operands that the mode rounds
 
 
 @dataclass
@@ -144,8 +150,12 @@ class Judge:
             return failed
         if sheet is not None and twin is not None and not sheet.apart and _anchored(call, twin):
             failed = self._visit_all(call.children, twins, enclosing)
-            judged = self.decide(sheet, lambda n, width: enclosing(n, width).inner[twin.name, twin.index], failed)
-            return failed | self._note(call, judged, sheet, failed)
+
+            def anchored(number: int, width: float) -> Sample:
+                return enclosing(number, width).inner[twin.name, twin.index]
+
+            judged = self.decide(sheet, anchored, failed)
+            return failed | self._note(call, judged, sheet, failed, anchored)
         replay = self._replay(call)
         if replay is None:
             return self._visit_all(call.children, twins, enclosing)
@@ -158,7 +168,7 @@ class Judge:
         for sentence in sheet.apart:
             self.remarks.setdefault((call.name, "shape"), f"shape depends on values: {sentence}; not judged")
         judged = self.decide(sheet, sampler, failed)
-        return failed | self._note(call, judged, sheet, failed)
+        return failed | self._note(call, judged, sheet, failed, sampler)
 
     def whole(self, reference: Run, sheet: Sheet, samples: Sampler) -> set[str]:
         """Judge the whole function, after everything in it; ``samples`` makes its perturbed runs."""
@@ -173,7 +183,7 @@ class Judge:
         for sentence in sheet.apart:
             self.remarks.setdefault(("", "shape"), f"shape depends on values: {sentence}; not judged")
         judged = self.decide(sheet, samples, failed, threshold=1.0)
-        return failed | self._note(None, judged, sheet, failed)
+        return failed | self._note(None, judged, sheet, failed, samples)
 
     def _visit_all(self, calls: Sequence[Call], twins: dict[int, Call], enclosing: Sampler) -> set[str]:
         failed: set[str] = set()
@@ -210,7 +220,9 @@ class Judge:
     def _passes(self, judgement: Judgement) -> bool:
         return judgement.score <= self.yardstick.limit
 
-    def _note(self, call: Call | None, judged: dict[Site, Judgement], sheet: Sheet, failed: set[str]) -> set[str]:
+    def _note(
+        self, call: Call | None, judged: dict[Site, Judgement], sheet: Sheet, failed: set[str], sample: Sampler | None = None
+    ) -> set[str]:
         out: set[str] = set()
         for where in ("forward", "backward"):
             entries = [(j, sheet.pairs[s]) for s, j in judged.items() if s[0] == where]
@@ -218,21 +230,37 @@ class Judge:
                 continue
             verdict = Verdict(call, where, [j for j, _ in entries], consequence=where in failed)
             verdict.failed = verdict.score > self.yardstick.limit
-            if where == "forward":
-                verdict.amplification = max(
-                    (j.error / (p.u * j.scale) for j, p in entries if j.scale > 0 and not j.bound and not p.decision),
-                    default=0.0,
-                )
+            if where == "forward" and sample is not None and not verdict.failed:
+                verdict.amplification = self._amplification(judged, sheet, sample)
             self.verdicts.append(verdict)
-            steep = self.yardstick.mixed and verdict.amplification > AMPLIFICATION * self.yardstick.limit / 4.0
-            if verdict.failed or steep:
+            if verdict.failed or (self.yardstick.mixed and verdict.amplification > 0.0):
                 out.add(where)
         return out
+
+    def _amplification(self, judged: dict[Site, Judgement], sheet: Sheet, sample: Sampler) -> float:
+        """How many times steeper than its operands' rounding the function is, 0 where that is nothing to speak of."""
+        share = self.yardstick.limit / 4.0
+        steep = {
+            site: judgement.error / (sheet.pairs[site].u * judgement.scale)
+            for site, judgement in judged.items()
+            if site[0] == "forward" and judgement.scale > 0 and not judgement.bound and not sheet.pairs[site].decision
+        }
+        steep = {site: value for site, value in steep.items() if value > AMPLIFICATION * share}
+        if not steep:
+            return 0.0
+        narrow = [sample(n, NARROW) for n in range(NARROW_SAMPLES)]
+        for site in list(steep):
+            entry = sheet.pairs[site]
+            moved = min((entry.spread([v]) for v in _values(narrow, site, entry)), default=0.0)
+            if moved < STEEPNESS * share * NARROW * entry.u * entry.rms_reference:
+                del steep[site]
+        return max(steep.values(), default=0.0)
 
     # -- sheets -----------------------------------------------------------------------------------------------------
 
     def _sheet(self, call: Call, twin: Call, replay: Run | None = None) -> Sheet:
-        u, step = self.yardstick.own_u(call), self.yardstick.step
+        u, step = self.yardstick.own_u(call, "forward"), self.yardstick.step
+        back = self.yardstick.own_u(call, "backward")
         sheet = Sheet()
         theirs = dict(twin.outputs)
         for path, low in call.outputs:
@@ -347,17 +375,20 @@ class Judge:
         return Sheet({s: p for s, p in sheet.pairs.items() if s[0] == "forward"}).judge(self.yardstick.limit)
 
     def _sample_call(self, call: Call, number: int, width: float) -> Sample:
-        noise = Noise(width * self.yardstick.own_u(call), self.yardstick.seed, number)
+        noise = Noise(width * self.yardstick.own_u(call, "forward"), self.yardstick.seed, number)
         used = {id(p) for p in call.module.parameters()}
         disturbed = noise.parameters(self.worlds.true_parameters, used)
-        with self.worlds.true(parameters=disturbed, state=call.state), plain_double(), TrueDouble():
+        tables = {k: b for k, b in self.worlds.true_buffers.items() if k[0] in {id(m) for m in call.module.modules()}}
+        buffers = noise.buffers(tables) if self.yardstick.tables else None
+        with self.worlds.true(parameters=disturbed, buffers=buffers, state=call.state), plain_double(), TrueDouble(noise) as mode:
             assert call.rng is not None
             call.rng.restore()
             args, kwargs = noise.inputs(widen_tree((call.args, call.kwargs)), self.yardstick.exact)
             parts = self._parts(call)
             recorder = Recorder(
-                parts, self.worlds, outputs=False, perturb=noise, skip=call.module, alike=self.yardstick.alike
-            )
+                parts, self.worlds, outputs=False, perturb=noise, skip=call.module, alike=self.yardstick.alike,
+                marks=mode.marks, twins=call.subtree(),
+            )  # fmt: skip
             with noisy_states(parts.values(), noise):
                 run = execute(
                     call.module, args, kwargs, recorder,

@@ -45,8 +45,15 @@ class Noise:
         return map_tensors(lambda t: t if is_count(t) or exact.holds(t) else self(t), value)
 
     def parameters(self, true: Mapping[int, torch.Tensor], used: set[int]) -> dict[int, torch.Tensor]:
-        """Disturbed copies of the parameters in ``used`` (by id). Buffers are never disturbed: cast tables must show."""
+        """Disturbed copies of the parameters in ``used`` (by id)."""
         return {key: self(value) for key, value in true.items() if key in used}
+
+    def buffers(self, true: Mapping[tuple[int, str], torch.Tensor]) -> dict[tuple[int, str], torch.Tensor]:
+        """Disturbed copies of the buffers: for full modes only, where a table in the mode's own dtype is an operand.
+
+        In half modes buffers are never disturbed, so that a table which the cast has ruined shows.
+        """
+        return {key: value if is_count(value) else self(value) for key, value in true.items()}
 
 
 class Exact:

@@ -116,7 +116,7 @@ class _Trial:
             low = self._low(worlds)
         except Exception as error:
             return self._does_not_run(worlds, error)
-        self._alike = low.recomputed
+        self._alike, self._calls = low.recomputed, low.calls
         self._exact = Exact(widen_tree((self.args, self.kwargs)), getattr(torch, self.mode.compute))
         try:
             reference = self._reference(worlds)
@@ -167,7 +167,7 @@ class _Trial:
     # -- the runs ---------------------------------------------------------------------------------------------------
 
     def _low(self, worlds: Worlds) -> Run:
-        self._watch = LowWatch()
+        self._watch = LowWatch(getattr(torch, self.mode.compute))
         gradients = self.gradients
         for attempt in ("plain", "with gradients"):
             # An autocast around the audit is none of the mode's.
@@ -200,7 +200,8 @@ class _Trial:
 
     def _true(self, worlds: Worlds, noise: Noise | None = None) -> tuple[Run, TrueDouble]:
         parameters = noise.parameters(worlds.true_parameters, set(worlds.true_parameters)) if noise else None
-        with worlds.true(parameters=parameters), plain_double(), TrueDouble() as mode:
+        buffers = noise.buffers(worlds.true_buffers) if noise and not self.mode.low else None
+        with worlds.true(parameters=parameters, buffers=buffers), plain_double(), TrueDouble(noise, self._watch.frames[0].decisions) as mode:
             reseed(self.seed)
             inputs = widen_tree((self.args, self.kwargs))
             args, kwargs = noise.inputs(inputs, self._exact) if noise else inputs
@@ -208,6 +209,7 @@ class _Trial:
             recorder = Recorder(
                 worlds.names, worlds, outputs=noise is None, gradients=self._differentiate and noise is None,
                 perturb=noise, skip=skip, alike=self._alike,
+                marks=mode.marks if noise else None, twins=self._calls if noise else (),
             )  # fmt: skip
             plain = loss_gradient(self.seed)
 
@@ -253,7 +255,7 @@ class _Trial:
         # Within one step of the subnormal numbers a value is as right as the format can hold it.
         step = format_.smallest_subnormal
         yardstick = Yardstick(
-            format_.unit_roundoff, step, self.limit, self.mode.autocast, self.seed, self._u_of, self._exact, self._alike
+            format_.unit_roundoff, step, self.limit, self.mode.autocast, self.seed, self._u_of, self._exact, self._alike, not self.mode.low
         )
         judge = Judge(worlds, low, yardstick)
         names = _parameter_names(worlds)
@@ -273,7 +275,7 @@ class _Trial:
                     f"grad of {input_name(path)}",
                     _unscaled(grad, low.scale),
                     reference.run.input_grads[path],
-                    u,
+                    self._u_of(None, "backward"),
                     step / low.scale,
                 )
         for key, grad in low.parameter_grads.items():
@@ -283,12 +285,14 @@ class _Trial:
                     f"grad of {names[key]}",
                     _unscaled(grad, low.scale),
                     judge.true_grads[key],
-                    u,
+                    self._u_of(None, "backward"),
                     step / low.scale,
                 )
 
         def sample(number: int, width: float) -> Sample:
-            made = reference.samples.setdefault((width * u, self._exact.key), [])
+            # Decisions were rounded in other places in other modes.
+            key = (width * u, self._exact.key, tuple(d for c in low.calls for d in c.trace.decisions))
+            made = reference.samples.setdefault(key, [])
             while len(made) <= number:
                 run, _ = self._true(worlds, Noise(width * u, self.seed, len(made)))
                 made.append(sample_of(run, names))
@@ -297,21 +301,23 @@ class _Trial:
         judge.whole(reference.run, sheet, sample)
         return judge
 
-    def _u_of(self, call: Call | None) -> float:
-        """What one rounding costs in this call, relative to its result.
+    def _u_of(self, call: Call | None, where: str = "forward") -> float:
+        """What one op costs in this call, relative to its result.
 
-        Half modes sum in FP32, so it is the mode's unit roundoff. The full modes sum in their own precision: K terms
-        of either sign, added one after the other, leave a relative error of u sqrt(K / 2) (partial sums grow as
-        sqrt(k), so the roundings' variances add up to K^2 / 2 against a result of variance K). In 64-true the
-        narrowest dtype that the code itself chose counts.
+        Half modes compute each op in FP32 and round once: the mode's unit roundoff. The full modes have no wider format
+        to compute in: functions are right to one unit in the last place (2u, what vector libraries such as SLEEF
+        promise), and K terms of either sign, added one after the other, leave u sqrt(K / 2): partial sums grow as
+        sqrt(k), so the roundings' variances add up to K^2 / 2 against a result of variance K. In 64-true the narrowest
+        dtype that the code itself chose counts.
         """
         own = self.mode.format.unit_roundoff
         if self.mode.low:
             return own
-        trace = self._watch.frames[0] if call is None else call.trace
+        # The sums of the backward pass (over rows, for a weight) are only in the whole run's trace.
+        trace = self._watch.frames[0] if call is None or where == "backward" else call.trace
         names = [str(d).removeprefix("torch.") for d in trace.dtypes] if self.mode.params == "float64" else []
         u = max([own, *(FORMATS[n].unit_roundoff for n in names if n in FORMATS)])
-        return u * math.sqrt(1.0 + trace.terms / 2.0)
+        return 2.0 * u * math.sqrt(1.0 + trace.terms / 2.0)
 
     def _not_applied(self, low: Run) -> list[Finding]:
         if not self.mode.low or not self._watch.products:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,16 +53,22 @@ class Recorder:
     ``perturb`` is applied to the output of every call but the outermost ``skip`` ones, and to gradients there.
     ``alike`` are modules that run again during backward (recomputed or reversible segments): both times their outputs
     must be disturbed alike, or the disturbed run would contradict itself. ``recomputed`` collects them.
+    ``marks`` is the stack of a ``TrueDouble``, filled from the decisions of ``twins``, the low-precision run's calls.
     ``frames`` is the stack of a ``LowWatch``, which notes there what the ops of the open call do.
     """
 
     def __init__(
         self, modules: Mapping[str, nn.Module], worlds: Worlds, *, inputs: bool = False, outputs: bool = True,
         gradients: bool = False, perturb: Noise | None = None, skip: nn.Module | None = None,
-        frames: list[Trace] | None = None, alike: frozenset[str] = frozenset(),
+        frames: list[Trace] | None = None, alike: frozenset[str] = frozenset(), marks: list[Iterator[bool]] | None = None,
+        twins: Sequence[Call] = (),
     ) -> None:  # fmt: skip
         self.modules, self.worlds = modules, worlds
         self.alike = alike
+        self._marks = marks
+        self._twins: dict[str, list[Call]] = {}
+        for call in twins:
+            self._twins.setdefault(call.name, []).append(call)
         self.recomputed: set[str] = set()
         self.inputs, self.outputs, self.gradients = inputs, outputs, gradients
         self.perturb, self.skip, self.frames = perturb, skip, frames
@@ -98,6 +104,9 @@ class Recorder:
         self._open.append(call)
         if self.frames is not None:
             self.frames.append(call.trace)
+        if self._marks is not None:
+            twins = self._twins.get(call.name, ())
+            self._marks.append(iter(twins[index].trace.decisions if index < len(twins) else ()))
         given = [t for _, t in leaves((args, kwargs))]
         if not any(t.is_floating_point() or t.is_complex() for t in given):
             call.anchors = [t.detach().clone() for t in given]
@@ -118,6 +127,8 @@ class Recorder:
             return None
         while True:  # calls that raised, and whose caller caught it, are still open
             call = self._open.pop()
+            if self._marks is not None:
+                self._marks.pop()
             if self.frames is not None:
                 self.frames.pop()
                 self.frames[-1].include(call.trace)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from precision_runtime.tree import leaves
 
 @dataclass(eq=False)
 class Reference:
-    """One true run, with its perturbed twins by unit roundoff and number of undisturbed inputs, and what it must be equal to to serve again."""
+    """One true run, with its perturbed twins by how they were disturbed, and what it must equal to serve again."""
 
     name: str
     seed: int
@@ -25,7 +25,7 @@ class Reference:
     run: Run
     parameter_grads: dict[str, torch.Tensor]  # by name: parameter objects differ from lane to lane
     fallbacks: frozenset[str] = frozenset()
-    samples: dict[tuple[float, int], list[Sample]] = field(default_factory=dict)
+    samples: dict[Hashable, list[Sample]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
