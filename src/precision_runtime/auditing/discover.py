@@ -71,7 +71,7 @@ def _search(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple
                 yield from _search(inner, f"{name}[{key!r}]", depth + 1, seen)
     elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType)):
         for key, inner in vars(value).items():
-            if isinstance(inner, nn.Module):
+            if isinstance(inner, (nn.Module, list, tuple, dict)):
                 yield from _search(inner, f"{name}.{key}" if name else key, depth + 1, seen)
         if callable(value):
             yield from _search(getattr(type(value), "__call__", None), name, depth + 1, seen)
