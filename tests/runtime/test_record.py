@@ -52,9 +52,11 @@ def test_every_field_survives() -> None:
 def test_the_text_of_a_failure_says_what_where_how_much_and_what_was_tried() -> None:
     assert str(REPORT).splitlines() == [
         "Block fails in 16-true on cpu: 9.8 bits lost beyond what the mode must lose (2 allowed)",
-        "  to blame: blocks.2.norm1 (BadNorm), aten::sub: instability in forward, 9.8 bits lost beyond what the mode must lose",
+        "  to blame: blocks.2.norm1 (BadNorm), aten::sub: instability in forward, 9.8 bits lost beyond what the mode "
+        "must lose",
         "    the error is 891 times what rounding the operands must cost",
-        "    worst: output[3, 17] = 1.5, reference 0.25, off by 1.25 where 0.125 is allowed (50.0% of the elements are beyond)",
+        "    worst: output[3, 17] = 1.5, reference 0.25, off by 1.25 where 0.125 is allowed (50.0% of the elements are "
+        "beyond)",
         "    tried: with `norm1` in FP32 the loss falls to 0.1 bits",
         "  also: the whole function: range in backward, every bit lost beyond what the mode must lose",
         "    the error is 891 times what rounding the operands must cost",
@@ -66,12 +68,17 @@ def test_the_text_of_a_failure_says_what_where_how_much_and_what_was_tried() -> 
 def test_the_text_of_a_pass_has_its_figure_and_how_the_lane_ran() -> None:
     held = replace(REPORT, findings=(), remarks=(), excess=2.0)
     assert str(held) == "Block holds in 16-true on cpu: 1.0 bit lost of 2 allowed"
-    assert str(replace(held, status="emulated", excess=0.5)) == "Block holds in 16-true on cpu (emulated): 0.0 bits lost of 2 allowed"
+    assert (
+        str(replace(held, status="emulated", excess=0.5))
+        == "Block holds in 16-true on cpu (emulated): 0.0 bits lost of 2 allowed"
+    )
 
 
 def test_a_scalar_has_no_index() -> None:
     scalar = replace(FINDING, worst=Worst("output", (), 1.0, 2.0, 0.5))
-    assert "    worst: output = 1, reference 2, off by 1 where 0.5 is allowed" in str(replace(REPORT, findings=(scalar,)))
+    assert "    worst: output = 1, reference 2, off by 1 where 0.5 is allowed" in str(
+        replace(REPORT, findings=(scalar,))
+    )
 
 
 @given(st.floats(0, 1e300))
@@ -85,7 +92,14 @@ def test_lost_bits_of_the_limits() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0.0 bits"), (1.0, "1.0 bit"), (0.96, "1.0 bit"), (3.24, "3.2 bits"), (math.inf, "every bit"), (math.nan, "every bit")],
+    [
+        (0.0, "0.0 bits"),
+        (1.0, "1.0 bit"),
+        (0.96, "1.0 bit"),
+        (3.24, "3.2 bits"),
+        (math.inf, "every bit"),
+        (math.nan, "every bit"),
+    ],
 )
 def test_bits_as_a_person_reads_them(value: float, text: str) -> None:
     assert bits(value) == text

@@ -47,7 +47,9 @@ def double(value: torch.Tensor) -> torch.Tensor:
     return value * 2
 
 
-LEAVES = st.one_of(st.integers(-9, 9).map(lambda v: torch.tensor(float(v))), st.none(), st.text(max_size=2), st.integers())
+LEAVES = st.one_of(
+    st.integers(-9, 9).map(lambda v: torch.tensor(float(v))), st.none(), st.text(max_size=2), st.integers()
+)
 TREES = st.recursive(
     LEAVES,
     lambda inner: st.one_of(

@@ -1,0 +1,83 @@
+"""Known defects of torch's own kernels: still there, computed rightly in an audit, and remarked on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from precision_runtime import audit
+from precision_runtime.auditing.defects import KNOWN_DEFECTS, KnownDefect, defect_of
+
+
+def _seen_here(defect: KnownDefect) -> bool:
+    return any(torch.__version__.startswith(v.strip() + ".") for v in defect.torch_versions.split(","))
+
+
+@pytest.mark.parametrize("defect", KNOWN_DEFECTS, ids=lambda d: d.name)
+def test_each_reproduction_still_shows_its_defect(defect: KnownDefect) -> None:
+    if not _seen_here(defect):
+        pytest.skip(f"seen in torch {defect.torch_versions}, this is {torch.__version__}")
+    torch.manual_seed(0)
+    space: dict[str, Any] = {}
+    exec(defect.reproduction, space)
+    # In units of u; a healthy kernel is at about 1 / sqrt(3) (one rounding of the result).
+    assert space["excess"] > 4, f"{defect.name} is repaired in this torch: delete it from the list"
+
+
+@pytest.mark.parametrize("defect", KNOWN_DEFECTS, ids=lambda d: d.name)
+def test_the_same_reproduction_without_the_defect_is_healthy(defect: KnownDefect) -> None:
+    """A reproduction that failed for another reason would prove nothing."""
+    torch.manual_seed(0)
+    cured = defect.reproduction.replace("4096", "4").replace(".to(memory_format=torch.channels_last)", "")
+    assert cured != defect.reproduction
+    space: dict[str, Any] = {}
+    exec(cured, space)
+    assert space["excess"] < 1.5
+
+
+def test_an_op_has_at_most_one_entry_and_others_have_none() -> None:
+    assert len({d.op for d in KNOWN_DEFECTS}) == len(KNOWN_DEFECTS)
+    assert defect_of("aten::mm") is None
+    assert all(defect_of(d.op) is d for d in KNOWN_DEFECTS)
+
+
+def test_a_layer_norm_over_many_rows_is_a_remark_and_no_failure() -> None:
+    torch.manual_seed(0)
+    report = audit(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), torch.randn(4096, 8), mode="bf16-true")
+    assert report.ok, report
+    (remark,) = [r for r in report.remarks if r.kind == "known-defect"]
+    assert remark.op == "aten::native_layer_norm_backward"
+    assert "LayerNorm's weight and bias gradients are accumulated in the low dtype on the CPU" in remark.message
+
+
+def test_a_layer_norm_over_few_rows_is_not_remarked_on() -> None:
+    torch.manual_seed(0)
+    assert not audit(nn.LayerNorm(8), torch.randn(4, 8), mode="bf16-true").remarks
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_channels_last_convolution_is_a_remark_and_no_failure(channels_last: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 8, 8)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    report = audit(nn.Conv2d(16, 16, 8, stride=8), x, mode="bf16-true", gradients=False)
+    assert report.ok, report
+    assert [r.op for r in report.remarks] == (["aten::convolution"] if channels_last else [])
+
+
+class AfterNorm(nn.Module):
+    """A defect of the user's own right behind a listed one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.log(1 + x.abs() * 1e-2)
+
+
+def test_a_listed_defect_hides_nothing_else() -> None:
+    torch.manual_seed(0)
+    report = audit(nn.Sequential(nn.LayerNorm(8), AfterNorm()), torch.randn(4096, 8), mode="bf16-true")
+    assert report.findings[0].module == "1"
+    assert any(r.kind == "known-defect" for r in report.remarks)

@@ -1,0 +1,154 @@
+"""Recurrent layers: stepping through them by hand is what torch does, and their honest rounding is no finding."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
+
+from precision_runtime import audit
+from precision_runtime.auditing.recurrent import noisy_states, step_through
+
+LAYERS = {
+    "lstm": lambda **k: nn.LSTM(5, 7, **k),
+    "gru": lambda **k: nn.GRU(5, 7, **k),
+    "tanh": lambda **k: nn.RNN(5, 7, **k),
+    "relu": lambda **k: nn.RNN(5, 7, nonlinearity="relu", **k),
+}
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"num_layers": 3},
+    {"bidirectional": True},
+    {"num_layers": 2, "bidirectional": True, "batch_first": True},
+    {"bias": False},
+]
+
+
+def same(value: torch.Tensor) -> torch.Tensor:
+    return value
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    if isinstance(expected, torch.Tensor):
+        # Sums of a handful of float64 terms in another order.
+        assert actual.shape == expected.shape
+        assert float((actual - expected).detach().abs().max()) < 1e-14
+        return
+    if isinstance(expected, nn.utils.rnn.PackedSequence):
+        assert torch.equal(actual.batch_sizes, expected.batch_sizes)
+        actual, expected = (actual.data,), (expected.data,)
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        assert_equal(a, e)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=[" ".join(o) or "plain" for o in OPTIONS])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("given", [False, True], ids=["zero state", "given state"])
+def test_stepping_without_noise_is_the_layer_itself(layer: str, options: dict[str, Any], given: bool) -> None:
+    torch.manual_seed(0)
+    module = LAYERS[layer](**options).double()
+    rows = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
+    for x, batch in (
+        (torch.randn(6, 3, 5).double(), (3 if not options.get("batch_first") else 6,)),
+        (torch.randn(6, 5).double(), ()),
+    ):
+        state = torch.randn(rows, *batch, 7).double()
+        hx = None if not given else (state, state * 0.5) if layer == "lstm" else state
+        assert_equal(step_through(module, x, hx, same), module(x, hx))
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_projected_lstm_too(directions: int, batched: bool) -> None:
+    torch.manual_seed(0)
+    module = nn.LSTM(5, 7, num_layers=2, proj_size=3, bidirectional=directions == 2).double()
+    x = torch.randn(*((6, 2, 5) if batched else (6, 5))).double()
+    assert_equal(step_through(module, x, None, same), module(x))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_packed_sequences_too(layer: str, directions: int, ordered: bool) -> None:
+    torch.manual_seed(0)
+    module = LAYERS[layer](num_layers=2, bidirectional=directions == 2).double()
+    if ordered:
+        packed = pack_sequence([torch.randn(n, 5).double() for n in (4, 2, 1)])
+    else:
+        packed = pack_padded_sequence(torch.randn(5, 3, 5).double(), torch.tensor([2, 5, 3]), enforce_sorted=False)
+    assert_equal(step_through(module, packed, None, same), module(packed))
+
+
+def test_every_new_state_is_disturbed_once() -> None:
+    seen: list[torch.Size] = []
+
+    def count(state: torch.Tensor) -> torch.Tensor:
+        seen.append(state.shape)
+        return state
+
+    step_through(nn.LSTM(5, 7, num_layers=2), torch.randn(9, 2, 5), None, count)
+    assert seen == [torch.Size([2, 7])] * (9 * 2 * 2)  # steps, layers, h and c
+
+
+def test_the_layers_forward_is_put_back_also_when_code_raises() -> None:
+    module = nn.GRU(2, 2)
+
+    def fail() -> None:
+        assert "forward" in vars(module)
+        raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"), noisy_states([module], same):
+        fail()
+    assert "forward" not in vars(module)
+    mine = vars(module)["forward"] = lambda x, hx=None: (x, hx)
+    with noisy_states([module], same):
+        assert vars(module)["forward"] is not mine
+    assert vars(module)["forward"] is mine
+
+
+def realistic(kind: type[nn.RNNBase]) -> nn.RNNBase:
+    """Weights of the size that training leaves (0.3 a gate), so that a state remembers its rounding."""
+    torch.manual_seed(3)
+    layer = kind(16, 48, batch_first=True)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(torch.randn_like(p) * 0.3)
+    return layer
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("mode", ["16-true", "bf16-true"])
+def test_160_honest_steps_are_no_finding(kind: type[nn.RNNBase], mode: str) -> None:
+    report = audit(realistic(kind), torch.randn(1, 160, 16), mode=mode, gradients=False)
+    assert report.ok, report
+
+
+class ByHand(nn.Module):
+    """A leaky sum of tiny steps over time; the bad twin keeps its state in the low dtype without rounding in mind."""
+
+    def __init__(self, bad: bool) -> None:
+        super().__init__()
+        self.bad = bad
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state = x.new_zeros(x.shape[0], x.shape[2]) if self.bad else x.new_zeros(x.shape[0], x.shape[2]).float()
+        for part in x.unbind(1):
+            state = state + part
+        return state.to(x.dtype)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_running_total_in_the_low_dtype_is_one(bad: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(2, 400, 4) + 0.5
+    net = nn.Sequential(ByHand(bad))
+    report = audit(net, x, mode="bf16-true", gradients=False)
+    assert report.ok is not bad, report
+    if bad:  # the second witness: bfloat16 adds nothing to 256 that is below 1
+        assert math.isclose(float(torch.tensor(256.0).bfloat16() + torch.tensor(0.9).bfloat16()), 256.0)
+        assert report.findings[0].kind == "instability"

@@ -1,0 +1,278 @@
+"""The rules of the method, each by one module that is right and one that breaks it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from precision_runtime import audit
+from precision_runtime.formats import FORMATS
+
+HALF = ("16-true", "bf16-true", "16-mixed", "bf16-mixed")
+
+
+@pytest.fixture(autouse=True)
+def same_weights() -> None:
+    torch.manual_seed(0)
+
+
+# -- what is disturbed -------------------------------------------------------------------------------------------------
+
+
+class Table(nn.Module):
+    """Scales by a table and takes the sine, which a rounded table turns far; as a parameter its rounding is allowed."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        table = torch.linspace(100.03, 300.07, 32)
+        if kind == "parameter":
+            self.table = nn.Parameter(table)
+        else:
+            self.register_buffer("table", table)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.table.float() * x.float()).sin()
+
+
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_parameters_are_disturbed_and_buffers_are_not(kind: str) -> None:
+    table = Table(kind)
+    report = audit(lambda x: table(x) * 2.0, torch.ones(4, 32), mode="bf16-true", gradients=False)
+    assert report.ok is (kind == "parameter"), report
+    if kind == "buffer":
+        assert report.findings[0].kind == "cast"
+
+
+class Angle(nn.Module):
+    def forward(self, position: torch.Tensor) -> torch.Tensor:
+        return (position.float() * 0.37).sin()
+
+
+def test_whole_numbers_beyond_the_exact_range_are_not_disturbed_so_their_cast_shows() -> None:
+    positions = torch.arange(1000.0)
+    # The second witness: bfloat16 holds whole numbers up to 2^8 only.
+    assert float(torch.tensor(999.0).bfloat16()) == 1000.0
+    report = audit(Angle(), positions, mode="bf16-true", gradients=False)
+    assert not report.ok
+    assert audit(Angle(), torch.arange(257.0), mode="bf16-true", gradients=False).ok
+    assert audit(Angle(), positions, mode="16-true", gradients=False).ok  # 2^11 there
+    assert audit(Angle(), positions + 0.3, mode="bf16-true", gradients=False).ok  # no count: its rounding is allowed
+
+
+def test_inputs_that_the_mode_holds_exactly_are_not_disturbed() -> None:
+    # x² - 1 near 1: with x disturbed by u anything goes, with x exact only its own roundings are allowed.
+    def steep(x: torch.Tensor) -> torch.Tensor:
+        return x * x - 1
+
+    exact = 1 + torch.arange(1, 40) * 2.0**-7
+    report = audit(steep, exact, mode="bf16-true", gradients=False)
+    inexact = audit(steep, exact + 1e-3, mode="bf16-true", gradients=False)
+    assert inexact.ok, inexact
+    assert report.excess > 2 * inexact.excess
+
+
+# -- range by logic ----------------------------------------------------------------------------------------------------
+
+
+def test_an_overflow_inside_is_told_from_a_result_out_of_range() -> None:
+    inside = audit(lambda x: (x * x).sum(-1).sqrt(), torch.full((2, 64), 100.0), mode="16-true", gradients=False)
+    (finding,) = inside.findings
+    assert finding.kind == "range"
+    assert "an intermediate value left the range of the dtype" in finding.message
+    assert finding.worst is not None
+    assert finding.worst.reference == pytest.approx(800.0)  # sqrt(64 · 100²)
+    outside = audit(lambda x: x * x, torch.full((2, 4), 300.0), mode="16-true", gradients=False)
+    (finding,) = outside.findings
+    assert finding.kind == "range"
+    assert "the true value reaches 9e+04, beyond the largest value of this dtype, 65504" in finding.message
+    assert audit(lambda x: x * x, torch.full((2, 4), 300.0), mode="bf16-true", gradients=False).ok
+
+
+def test_what_is_lost_below_the_exponent_is_found_and_one_subnormal_step_is_not() -> None:
+    def through(scale: float):  # type: ignore[no-untyped-def]
+        return lambda x: x * scale
+
+    x = torch.rand(64) + 0.5
+    assert FORMATS["float16"].smallest_subnormal == 2.0**-24
+    assert audit(through(1e-8), x, mode="16-true", gradients=False).ok  # within one step
+    lost = audit(lambda x: (x * 1e-8) * 1e8, x, mode="16-true", gradients=False)
+    assert not lost.ok
+    assert lost.findings[0].worst is not None
+    assert lost.findings[0].worst.value == 0.0
+    assert audit(lambda x: (x * 1e-8) * 1e8, x, mode="bf16-true", gradients=False).ok
+
+
+@pytest.mark.parametrize("mode", HALF)
+@pytest.mark.parametrize("mask", ["finfo", "-inf", "-inf in place"])
+def test_masks_are_no_finding(mode: str, mask: str) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits = self.q(x) @ x.transpose(-1, -2)
+            future = torch.ones(5, 5, dtype=torch.bool).triu(1)
+            if mask == "finfo":
+                logits = logits.masked_fill(future, torch.finfo(logits.dtype).min)
+            elif mask == "-inf":
+                logits = torch.where(future, -torch.inf, logits)
+            else:
+                logits.masked_fill_(future, -torch.inf)
+            return torch.cat([logits, logits.softmax(-1)])
+
+    report = audit(Masked(), torch.randn(5, 8), mode=mode, gradients=False)
+    assert report.ok, report
+
+
+# -- the mode itself ---------------------------------------------------------------------------------------------------
+
+
+class KeepsItsWeights(nn.Module):
+    """Holds its weights where no cast reaches them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.float() @ torch.eye(8)) * self.scale
+
+
+class FromIndices(KeepsItsWeights):
+    """The same, with nothing floating going in."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (torch.nn.functional.one_hot(x, 8).float() @ torch.eye(8)) * self.scale
+
+
+@pytest.mark.parametrize(
+    "floating",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.xfail(reason="the cast of the inputs themselves counts as an op that ran in the mode"),
+        ),
+    ],
+)
+def test_a_mode_that_was_not_applied_is_a_finding(floating: bool) -> None:
+    if floating:
+        report = audit(KeepsItsWeights(), torch.randn(4, 8), mode="16-true", gradients=False)
+    else:
+        report = audit(FromIndices(), torch.arange(8), mode="16-true", gradients=False)
+    (finding,) = report.findings
+    assert finding.kind == "not-applied"
+    assert finding.message == "the mode was not applied: no op produced float16, every matrix product ran in float32"
+
+
+def test_autocast_switched_off_around_every_product_is_a_remark() -> None:
+    linear = nn.Linear(8, 8)
+
+    def island(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return linear(x)
+
+    report = audit(island, torch.randn(4, 8), mode="bf16-mixed")
+    assert report.ok, report
+    assert [r.kind for r in report.remarks] == ["not-applied"]
+
+
+def test_an_applied_mode_is_not_called_unapplied() -> None:
+    for mode in HALF:
+        assert audit(nn.Linear(8, 8), torch.randn(4, 8), mode=mode).ok
+
+
+class Siren(nn.Module):
+    """A sine layer with a frequency of 30 behind a linear layer that autocast runs in half."""
+
+    def __init__(self, island: bool) -> None:
+        super().__init__()
+        self.linear, self.island = nn.Linear(16, 16), island
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.island:
+            with torch.autocast("cpu", enabled=False):
+                return torch.sin(300 * nn.functional.linear(x.float(), self.linear.weight))
+        return torch.sin(300 * nn.functional.linear(x, self.linear.weight).float())
+
+
+@pytest.mark.parametrize("mode", ["16-mixed", "bf16-mixed"])
+def test_a_steep_function_under_autocast_is_an_amplification_and_an_island_cures_it(mode: str) -> None:
+    x = torch.randn(32, 16) * 0.2
+    report = audit(nn.Sequential(nn.Identity(), Siren(False)), x, mode=mode, gradients=False)
+    assert report.findings[0].kind == "amplification", report
+    assert report.findings[0].module == "1"
+    assert "wrap it in torch.autocast(enabled=False)" in report.findings[0].message
+    cured = audit(nn.Sequential(nn.Identity(), Siren(True)), x, mode=mode, gradients=False)
+    assert cured.ok, cured
+
+
+def test_the_same_steepness_in_a_true_mode_is_a_remark() -> None:
+    report = audit(
+        nn.Sequential(nn.Identity(), Siren(False)), torch.randn(32, 16) * 0.2, mode="16-true", gradients=False
+    )
+    assert report.ok, report
+    assert "ill-conditioned" in [r.kind for r in report.remarks]
+
+
+# -- the full modes ----------------------------------------------------------------------------------------------------
+
+
+class Variance(nn.Module):
+    def __init__(self, bad: bool) -> None:
+        super().__init__()
+        self.bad = bad
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.bad:
+            return x.square().mean(-1) - x.mean(-1).square()
+        return (x - x.mean(-1, keepdim=True)).square().mean(-1)
+
+
+@pytest.mark.parametrize("mode", ["32-true", "64-true"])
+def test_a_variance_that_cancels_fails_in_32_true_and_holds_in_64_true(mode: str) -> None:
+    x = torch.randn(64, 128, dtype=torch.float64) + 1000.0
+    healthy = audit(nn.Sequential(Variance(False)), x, mode=mode, gradients=False)
+    assert healthy.ok, healthy
+    report = audit(nn.Sequential(Variance(True)), x, mode=mode, gradients=False)
+    assert report.ok is (mode == "64-true"), report
+    if mode == "32-true":
+        assert report.findings[0].kind == "instability"
+        # The second witness: torch itself, against float64. One rounding of x² is up to 10^6 · 2^-24 = 0.06.
+        single = Variance(True)(x.float()).double()
+        assert float((single - x.float().double().var(-1, correction=0)).abs().max()) > 0.02
+
+
+@pytest.mark.parametrize("mode", ["32-true", "64-true"])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_healthy_modules_hold_in_the_full_modes(mode: str, gradients: bool) -> None:
+    net = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 8), nn.Softmax(-1))
+    report = audit(net, torch.randn(16, 32), mode=mode, gradients=gradients)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize("mode", ["32-true", "64-true"])
+def test_a_product_of_4096_terms_holds_in_the_full_modes(mode: str) -> None:
+    net = nn.Linear(4096, 16)
+    report = audit(net, torch.randn(8, 4096), mode=mode)
+    assert report.ok, report
+    assert math.isfinite(report.excess)
+
+
+def test_an_attention_and_a_convolution_hold_in_32_true() -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    assert audit(layer, torch.randn(2, 10, 32), mode="32-true").ok
+    assert audit(nn.Conv2d(8, 8, 3), torch.randn(2, 8, 12, 12), mode="32-true").ok
+
+
+def test_a_dtype_that_the_code_itself_narrows_to_in_64_true_is_what_counts() -> None:
+    linear = nn.Linear(8, 8)
+    report = audit(lambda x: linear(x.to(torch.float32).to(torch.float64)), torch.randn(4, 8), mode="64-true")
+    assert report.ok, report
