@@ -38,10 +38,11 @@ FEW = 64  # elements; a spread over fewer is too uncertain after one run
 # Under autocast an FP32 island costs nothing, so a function this much steeper than its operands' rounding is a
 # finding there: every repaired or innocent module measured is at most 16.8, every steep defect at least 32.7.
 AMPLIFICATION = 24.0
-# A steep function is steep for the smallest disturbance, too; a decision that flips on a near tie is not. So runs
-# disturbed by u / 64 must move the result by as much as the excess, which has passed, allows: 24 over the limit of 4.
-NARROW = 1 / 64
-NARROW_SAMPLES = 2
+# A steep function is steep for the smallest disturbance, too; a decision that flips on a near tie is not. So each of
+# some runs disturbed by u / 256 must move the result by as much as the excess, which has passed, allows: 24 over the
+# limit of 4.
+NARROW = 1 / 256
+NARROW_SAMPLES = 4
 STEEPNESS = AMPLIFICATION / 4.0
 
 Sampler = Callable[[int, float], Sample]  # the n-th perturbed run, disturbed by so many u
