@@ -91,8 +91,8 @@ excess = float((low - true).norm() / true.norm()) * 2**8
         device="cpu",
         dtypes=(torch.bfloat16,),
         torch_versions="2.13",
-        summary="oneDNN's bf16 convolution of a channels-last input as large as its kernel and stride (8 by 8, 8 or 16 channels) "
-        "is more than 100% wrong; contiguous inputs and other channel counts are right",
+        summary="oneDNN's bf16 convolution of a channels-last input as large as its kernel and stride (8 by 8, 8 or 16 "
+        "channels) is more than 100% wrong; contiguous inputs and other channel counts are right",
         reproduction="""
 import torch
 x = torch.randn(2, 16, 8, 8).bfloat16().to(memory_format=torch.channels_last)
