@@ -55,7 +55,7 @@ _DECISIONS = frozenset(
     f"aten::{name}"
     for name in (
         "topk", "sort", "argsort", "argmax", "argmin", "max", "min", "kthvalue", "median", "mode", "ge", "gt", "le", "lt",
-        "eq", "ne", "floor", "ceil", "round", "trunc", "floor_divide", "bucketize", "searchsorted",
+        "floor", "ceil", "round", "trunc", "floor_divide", "bucketize", "searchsorted",
         "grid_sampler_2d", "grid_sampler_3d", "grid_sampler_2d_backward", "grid_sampler_3d_backward",
     )
 )  # fmt: skip

@@ -39,11 +39,10 @@ FEW = 64  # elements; a spread over fewer is too uncertain after one run
 # finding there: every repaired or innocent module measured is at most 16.8, every steep defect at least 32.7.
 AMPLIFICATION = 24.0
 # A steep function is steep for the smallest disturbance, too; a decision that flips on a near tie is not. So each of
-# some runs disturbed by u / 256 must move the result by as much as the excess, which has passed, allows: 24 over the
-# limit of 4.
+# some runs disturbed by u / 256 must move the result by as much as the excess, which has passed, allows: the error over
+# the limit.
 NARROW = 1 / 256
 NARROW_SAMPLES = 4
-STEEPNESS = AMPLIFICATION / 4.0
 
 Sampler = Callable[[int, float], Sample]  # the n-th perturbed run, disturbed by so many u
 Site = tuple[str, str]  # ("forward" | "backward", tensor)
@@ -197,12 +196,28 @@ class Judge:
     def decide(
         self, sheet: Sheet, sample: Sampler, failed: set[str], threshold: float | None = None
     ) -> dict[Site, Judgement]:
-        """Judge with as few perturbed runs as settle it; a bound up to ``threshold`` needs none."""
+        """Judge with as few perturbed runs as settle it; a bound up to ``threshold`` needs none.
+
+        Where a perturbed run raises (code that checks its values), what is open stays unjudged, and a remark says so.
+        """
         judged = sheet.judge(self.yardstick.limit)
         threshold = self.yardstick.limit if threshold is None else threshold
         open_ = {s for s, j in judged.items() if not j.settled and j.score > threshold}
         if not open_:
             return judged
+        try:
+            self._sampled(judged, open_, sheet, sample, failed)
+        except Exception as error:
+            text = f"a perturbed run raised {type(error).__name__}: {_first_line(error)}; not judged"
+            self.remarks.setdefault(("", "sample"), text)
+            for site in open_:
+                if judged[site].bound:
+                    del judged[site]
+        return judged
+
+    def _sampled(
+        self, judged: dict[Site, Judgement], open_: set[Site], sheet: Sheet, sample: Sampler, failed: set[str]
+    ) -> None:
         samples: list[Sample] = []
         for count, margin in zip(SAMPLES, MARGINS, strict=True):
             while len(samples) < count:
@@ -213,10 +228,9 @@ class Judge:
             open_ = small | {s for s in open_ if again[s].score > margin * self.yardstick.limit}
             # The parent of a failing call fails with it; its own figure need not be exact.
             if not open_ or (all(s[0] in failed for s in open_) and count > 1):
-                return judged
+                return
         wide = [sample(n, WIDE) for n in range(WIDE_SAMPLES)]
         judged.update(Sheet({s: sheet.pairs[s] for s in open_}).judge(self.yardstick.limit, samples, wide))
-        return judged
 
     def _passes(self, judgement: Judgement) -> bool:
         return judgement.score <= self.yardstick.limit
@@ -253,7 +267,7 @@ class Judge:
         for site in list(steep):
             entry = sheet.pairs[site]
             moved = min((entry.spread([v]) for v in _values(narrow, site, entry)), default=0.0)
-            if moved < STEEPNESS * share * NARROW * entry.u * entry.rms_reference:
+            if moved < steep[site] / self.yardstick.limit * NARROW * entry.u * entry.rms_reference:
                 del steep[site]
         return max(steep.values(), default=0.0)
 
@@ -362,7 +376,7 @@ class Judge:
         except Exception as error:
             self.remarks[call.name, "replay"] = (
                 f"this call could not be replayed in FP64 on its own inputs ({type(error).__name__}: "
-                f"{str(error).splitlines()[0] if str(error) else ''}); judged within its caller"
+                f"{_first_line(error)}); judged within its caller"
             )
             return None
         return run if run.calls else None
@@ -489,6 +503,10 @@ def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype or a.layout is not torch.strided or a.is_nested:
         return False
     return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else ""
 
 
 def _unscaled(grad: torch.Tensor, scale: float) -> torch.Tensor:
