@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from precision_runtime.auditing import audit as audit
+    from precision_runtime.capability import Support as Support
+    from precision_runtime.capability import support as support
     from precision_runtime.modes import MODES as MODES
     from precision_runtime.modes import parse_mode as parse_mode
     from precision_runtime.record import Finding as Finding
     from precision_runtime.record import Report as Report
     from precision_runtime.runtime import PrecisionRuntime as PrecisionRuntime
     from precision_runtime.runtime import StepResult as StepResult
-    from precision_runtime.capability import Support as Support
-    from precision_runtime.capability import support as support
 
 _HOME = {
     "MODES": "modes",

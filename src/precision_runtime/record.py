@@ -111,7 +111,8 @@ class Report:
             lines = [f"{self.subject} holds in {lane}: {bits(self.lost_bits)} lost of {self.budget:g} allowed"]
         else:
             lines = [
-                f"{self.subject} fails in {lane}: {bits(self.lost_bits)} lost beyond what the mode must lose ({self.budget:g} allowed)"
+                f"{self.subject} fails in {lane}: {bits(self.lost_bits)} lost beyond what the mode must lose "
+                f"({self.budget:g} allowed)"
             ]
         for number, finding in enumerate(self.findings):
             lines += _describe(finding, first=number == 0)

@@ -22,7 +22,7 @@ _ATOMS = (
 
 
 def leaves(value: Any, objects: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield ``(path, tensor)`` for each tensor in ``value``, in a stable order; a path reads like Python: ``.a[0]['b']``.
+    """Yield ``(path, tensor)`` for each tensor in ``value``, in a stable order; a path is Python: ``.a[0]['b']``.
 
     An object met twice is visited once. With ``objects`` the attributes of other objects are searched too.
     """

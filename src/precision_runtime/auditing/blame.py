@@ -7,14 +7,15 @@ import math
 import torch
 
 from precision_runtime.auditing.excess import Judgement
-from precision_runtime.auditing.judge import Judge, Verdict
+from precision_runtime.auditing.judge import Judge
 from precision_runtime.auditing.recorder import Call
+from precision_runtime.auditing.sheet import Verdict
 from precision_runtime.auditing.worlds import widen
 from precision_runtime.record import Finding, Kind, Remark, Where, bits, lost_bits
 
 
 def findings_of(judge: Judge) -> tuple[list[Finding], list[Remark]]:
-    """All findings, guilty parts first: innermost failing calls in the order in which they failed, then their callers."""
+    """All findings, guilty parts first: innermost failing calls as they failed, then their callers."""
     findings: list[Finding] = []
     remarks: list[Remark] = []
     steep_inside: set[int] = set()
@@ -41,8 +42,8 @@ def findings_of(judge: Judge) -> tuple[list[Finding], list[Remark]]:
                 remarks.append(
                     Remark(
                         "ill-conditioned",
-                        f"the result moves {verdict.amplification:.0f} times as much as its operands' rounding; in this "
-                        "mode that is the function's own nature, no defect",
+                        f"the result moves {verdict.amplification:.0f} times as much as its operands' rounding; in "
+                        "this mode that is the function's own nature, no defect",
                         _name(verdict.call),
                     )
                 )
@@ -99,7 +100,8 @@ def _explain(judge: Judge, verdict: Verdict, worst: Judgement) -> tuple[Kind, st
             names, after = cast
             return (
                 "cast", None, f"casting the buffer {names} to the mode's dtype lost what this module needs",
-                f"with {names} kept in fp32 the loss falls from {bits(lost_bits(worst.score))} to {bits(lost_bits(after))}",
+                f"with {names} kept in fp32 the loss falls from {bits(lost_bits(worst.score))} to "
+                f"{bits(lost_bits(after))}",
             )  # fmt: skip
     figure = (
         f"the error is {worst.excess:.3g} times what rounding the operands must cost"
@@ -159,8 +161,8 @@ def _steep(verdict: Verdict) -> Finding:
         op=None,
         lost_bits=lost_bits(amplification),
         excess=amplification,
-        message=f"a steep function under autocast: its relative error is {amplification:.0f} times the unit roundoff. An FP32 "
-        "island costs little here: wrap it in torch.autocast(enabled=False) and pass float32 inputs",
+        message=f"a steep function under autocast: its relative error is {amplification:.0f} times the unit roundoff. "
+        "An FP32 island costs little here: wrap it in torch.autocast(enabled=False) and pass float32 inputs",
         module_type=type(verdict.call.module).__name__ if verdict.call is not None else "",
         call=verdict.call.index if verdict.call is not None else 0,
         worst=worst.worst,
@@ -168,7 +170,7 @@ def _steep(verdict: Verdict) -> Finding:
 
 
 def _finite_bits(score: float) -> float:
-    return lost_bits(score) if score == score else math.inf
+    return math.inf if math.isnan(score) else lost_bits(score)
 
 
 def _name(call: Call | None) -> str:

@@ -36,11 +36,12 @@ def compare(
         worst = max(worst, judged.score)
         if judged.score > 2.0**budget:
             note = judged.note or (
-                f"the error is {judged.excess:.3g} times (its worst element {judged.tail:.3g} times) one rounding of the result"
+                f"the error is {judged.excess:.3g} times (its worst element {judged.tail:.3g} times) one "
+                "rounding of the result"
             )
             findings.append(
                 Finding(
-                    kind="range" if judged.kind == "range" else "underflow" if judged.kind == "underflow" else "instability",
+                    kind=judged.kind or "instability",
                     where="forward", module="", op=None, lost_bits=lost_bits(judged.score), excess=judged.score,
                     message=note, worst=judged.worst,
                 )

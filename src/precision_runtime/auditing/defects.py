@@ -6,6 +6,7 @@ reproduction that a test runs: an entry whose reproduction no longer shows the d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,9 @@ KNOWN_DEFECTS = (
         reproduction="""
 import torch
 x, g = torch.randn(2, 4096, 8, dtype=torch.float64).bfloat16().unbind(0)
-run = lambda d: torch.autograd.grad(torch.nn.functional.layer_norm(x.to(d), (8,), w := torch.ones(8, dtype=d, requires_grad=True)), w, g.to(d))[0].double()
+def run(d):
+    w = torch.ones(8, dtype=d, requires_grad=True)
+    return torch.autograd.grad(torch.nn.functional.layer_norm(x.to(d), (8,), w), w, g.to(d))[0].double()
 low, true = run(torch.bfloat16), run(torch.float64)
 excess = float((low - true).norm() / true.norm()) * 2**8
 """,
@@ -125,7 +128,7 @@ def _factor(low: torch.Tensor | None, wide: torch.Tensor | None, dtype: torch.dt
     scale = float(wide.norm())
     u = torch.finfo(dtype).eps / 2
     error = float((low.to(wide.dtype) - wide).norm())
-    return error / (u / 3**0.5 * scale) if scale > 0 and error == error else 0.0
+    return error / (u / 3**0.5 * scale) if scale > 0 and not math.isnan(error) else 0.0
 
 
 def _is_channels_last(t: torch.Tensor) -> bool:

@@ -74,7 +74,7 @@ def _search(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple
             if isinstance(inner, (nn.Module, list, tuple, dict)):
                 yield from _search(inner, f"{name}.{key}" if name else key, depth + 1, seen)
         if callable(value):
-            yield from _search(getattr(type(value), "__call__", None), name, depth + 1, seen)
+            yield from _search(type(value).__call__, name, depth + 1, seen)
 
 
 def _captured(function: types.FunctionType) -> Iterator[tuple[str, Any]]:

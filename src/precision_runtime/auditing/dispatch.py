@@ -54,8 +54,8 @@ def plain_double() -> Iterator[None]:
 _DECISIONS = frozenset(
     f"aten::{name}"
     for name in (
-        "topk", "sort", "argsort", "argmax", "argmin", "max", "min", "kthvalue", "median", "mode", "ge", "gt", "le", "lt",
-        "floor", "ceil", "round", "trunc", "floor_divide", "bucketize", "searchsorted",
+        "topk", "sort", "argsort", "argmax", "argmin", "max", "min", "kthvalue", "median", "mode", "ge", "gt", "le",
+        "lt", "floor", "ceil", "round", "trunc", "floor_divide", "bucketize", "searchsorted",
         "grid_sampler_2d", "grid_sampler_3d", "grid_sampler_2d_backward", "grid_sampler_3d_backward",
     )
 )  # fmt: skip
@@ -247,7 +247,9 @@ def _terms(name: str, args: Sequence[Any], result: torch.Tensor, product: bool) 
     """How many terms each element of the result sums: K for (M, K) @ (K, N), by the sizes alone."""
     size = max(1, result.numel())
     if name in _SCATTERS:
-        return float(max((a.numel() for a in args if isinstance(a, torch.Tensor) and not a.is_floating_point()), default=1))
+        return float(
+            max((a.numel() for a in args if isinstance(a, torch.Tensor) and not a.is_floating_point()), default=1)
+        )
     if not product:
         source = args[0] if args else None
         return source.numel() / size if isinstance(source, torch.Tensor) else 1.0

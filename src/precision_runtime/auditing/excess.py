@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 
 from precision_runtime.formats import FORMATS
-from precision_runtime.record import Worst
+from precision_runtime.record import Kind, Worst
 
 # A maximum over many elements of a ratio whose rms is about 1 reaches 4 to 5 in healthy calls (36,000 measured module
 # calls: at most 4.3 where the excess is at most 1.1), so the tail is cut at four times the limit of the excess.
@@ -40,7 +40,7 @@ class Judgement:
     tensor: str
     excess: float = 0.0
     tail: float = 0.0
-    kind: str | None = None  # a kind that logic settled: range, underflow
+    kind: Kind | None = None  # a kind that logic settled: range, underflow
     worst: Worst | None = None
     error: float = 0.0  # rms(E)
     scale: float = 0.0  # rms(r)
@@ -83,6 +83,11 @@ class Pair:
         self.rms_error = _rms(self.error)
 
     @property
+    def smallest_normal(self) -> float:
+        """Smallest value of full precision: 2^(p-1) subnormal steps, where u is 2^-p."""
+        return self.step / (2.0 * self.u)
+
+    @property
     def floor(self) -> float:
         """R, with one subnormal step where that is granted."""
         return math.hypot(self.u / math.sqrt(3.0) * self.rms_reference, self.step)
@@ -96,7 +101,8 @@ class Pair:
     ) -> Judgement:
         """Judge with the perturbed references seen so far; with none, the figures are upper bounds.
 
-        ``wide`` are references disturbed ``width`` times as much; where a ``width``-th of their spread is larger, it counts.
+        ``wide`` are references disturbed ``width`` times as much; where a ``width``-th of their spread is larger, it
+        counts.
         The worst element is looked for only where the score is above ``locate``.
         """
         if self.lost is not None:
@@ -145,13 +151,12 @@ class Pair:
             reference=float(self.reference[where]),
             allowed=TAIL_RATIO * float(allowed[where]),
         )
-        kind = None
+        kind: Kind | None = None
         if excess > 1.0:
             flushed = (self.observed == 0) & (self.reference != 0)
             # Underflow: most of the error is values that became exactly zero.
             if float(self.error[flushed].square().sum()) > 0.5 * float(self.error.square().sum()):
-                if float(self.reference[flushed].abs().max()) < FORMATS["float32"].smallest_normal ** 0.5:
-                    kind = "underflow"
+                kind = "underflow" if float(self.reference[flushed].abs().max()) < self.smallest_normal else None
         return Judgement(self.tensor, excess, tail, kind, worst, self.rms_error, self.rms_reference, bound=not sampled)
 
     def _flushed(self, rms_spread: float) -> bool:
@@ -163,7 +168,11 @@ class Pair:
         lost in every mode.
         """
         small = self.gradient and 0.0 < self.rms_reference < self.step
-        if not small or rms_spread > 0.5 * self.rms_reference or self.rms_reference < FORMATS["float32"].smallest_normal:
+        if (
+            not small
+            or rms_spread > 0.5 * self.rms_reference
+            or self.rms_reference < FORMATS["float32"].smallest_normal
+        ):
             return False
         gone = self.reference[self.observed == 0]
         return float(torch.linalg.vector_norm(gone)) > 0.5 * self.rms_reference * math.sqrt(self.reference.numel())
@@ -176,9 +185,10 @@ class Pair:
             float(gone.sum()) / max(1, gone.numel()),
         )  # fmt: skip
         return Judgement(
-            self.tensor, math.inf, math.inf, "underflow" if sampled else None, worst, self.rms_error, self.rms_reference,
-            f"most of this gradient became zero: its values are below the smallest that the dtype holds, {self.step:.3g}; "
-            "a loss scale (16-mixed) or bfloat16 keeps them",
+            self.tensor, math.inf, math.inf, "underflow" if sampled else None, worst, self.rms_error,
+            self.rms_reference,
+            "most of this gradient became zero: its values are below the smallest that the dtype holds, "
+            f"{self.step:.3g}; a loss scale (16-mixed) or bfloat16 keeps them",
             bound=not sampled,
         )  # fmt: skip
 
@@ -193,7 +203,8 @@ class Pair:
                 f"{self.maximum:.6g}: the result itself is out of the mode's range"
             )
         else:
-            note = "an intermediate value left the range of the dtype, or a division by a flushed zero; the result itself fits"
+            note = "an intermediate value left the range of the dtype, or a division by a flushed zero; the result "
+                "itself fits"
         worst = Worst(
             self.tensor, _unravel(where, self.shape), float(self.observed[where]), reference, 0.0,
             count / max(1, self.reference.numel()),

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from precision_runtime.auditing.calls import anchored, covers, is_wrapper, match
 from precision_runtime.auditing.dispatch import TrueDouble, plain_double
-from precision_runtime.auditing.excess import Judgement, Pair, flatten_sample, pair
+from precision_runtime.auditing.excess import Judgement
+from precision_runtime.auditing.failing import first_line
 from precision_runtime.auditing.noise import Exact, Noise
 from precision_runtime.auditing.recorder import Call, Recorder
 from precision_runtime.auditing.recurrent import noisy_states
 from precision_runtime.auditing.references import Sample
 from precision_runtime.auditing.runs import Run, execute
+from precision_runtime.auditing.sheet import WIDE, Sheet, Site, Verdict, input_name, sample_of, values
 from precision_runtime.auditing.worlds import Worlds, widen, widen_tree
 
 # Perturbed runs: one where the answer is clear (the rms over many elements is as good from one run as from many), more
@@ -32,7 +35,6 @@ MARGINS = (0.5, 0.75, 1.0)  # a score below this share of the limit is clear aft
 # runs disturbed by u: rounding errors have tails, and there are many near ties. So before anything is called a failure,
 # runs disturbed by WIDE u are made, and their spread over WIDE is granted where it is larger. For everything smooth it
 # is the same spread.
-WIDE = 4.0
 WIDE_SAMPLES = 12
 FEW = 64  # elements; a spread over fewer is too uncertain after one run
 # Under autocast an FP32 island costs nothing, so a function this much steeper than its operands' rounding is a
@@ -45,7 +47,6 @@ NARROW = 1 / 256
 NARROW_SAMPLES = 4
 
 Sampler = Callable[[int, float], Sample]  # the n-th perturbed run, disturbed by so many u
-Site = tuple[str, str]  # ("forward" | "backward", tensor)
 
 
 @dataclass
@@ -63,70 +64,16 @@ class Yardstick:
     tables: bool  # whether buffers, too, are operands that the mode rounds
 
 
-@dataclass
-class Verdict:
-    """The judged tensors of one call (None: the whole function) in one direction."""
-
-    call: Call | None
-    where: str
-    judgements: list[Judgement]
-    amplification: float = 0.0
-    failed: bool = False
-    consequence: bool = False  # a call inside this one failed in the same direction
-
-    @property
-    def measured(self) -> float:
-        """The worst score that perturbed runs or logic settled, leaving out upper bounds."""
-        return max((j.score for j in self.judgements if not j.bound), default=0.0)
-
-    @property
-    def worst(self) -> Judgement:
-        return max(self.judgements, key=lambda j: j.score)
-
-    @property
-    def score(self) -> float:
-        return max((j.score for j in self.judgements), default=0.0)
-
-
-@dataclass
-class Sheet:
-    """Observed tensors beside their references, by site."""
-
-    pairs: dict[Site, Pair] = field(default_factory=dict)
-    apart: list[str] = field(default_factory=list)  # sentences on what cannot be compared
-
-    def add(self, where: str, name: str, low: torch.Tensor, reference: torch.Tensor, u: float, step: float) -> None:
-        made = pair(name, low, reference, u, step, gradient=where == "backward")
-        if isinstance(made, str):
-            self.apart.append(made)
-        else:
-            self.pairs[where, name] = made
-
-    def judge(
-        self, limit: float, samples: Sequence[Sample] = (), wide: Sequence[Sample] = ()
-    ) -> dict[Site, Judgement]:
-        """Judge every pair with the perturbed runs given; worst elements are looked for above ``limit`` only."""
-        return {
-            site: entry.judge(_values(samples, site, entry), _values(wide, site, entry), WIDE, locate=limit)
-            for site, entry in self.pairs.items()
-        }
-
-
-def _values(samples: Sequence[Sample], site: Site, entry: Pair) -> list[torch.Tensor]:
-    found = [getattr(s, site[0]).get(site[1]) for s in samples]
-    flat = [flatten_sample(t, entry) for t in found if t is not None]
-    return [f for f in flat if f is not None]
-
-
 class Judge:
     """Walks the calls of a low-precision run and collects verdicts (see the module's docstring)."""
 
-    def __init__(self, worlds: Worlds, low: Run, yardstick: Yardstick) -> None:
+    def __init__(self, worlds: Worlds, low: Run, yardstick: Yardstick, true_grads: dict[int, torch.Tensor]) -> None:
         self.worlds, self.low, self.yardstick = worlds, low, yardstick
         self.verdicts: list[Verdict] = []
         self.remarks: dict[tuple[str, str], str] = {}
         self.fallbacks: set[str] = set()
         self.replays: dict[int, Sheet] = {}
+        self.true_grads = true_grads  # of the whole reference, by id of the low run's parameter
         self._owned = self._single_use_parameters()
 
     # -- the walk ---------------------------------------------------------------------------------------------------
@@ -140,7 +87,7 @@ class Judge:
         if call.end < 0:
             return set()
         twin = twins.get(id(call))
-        if _is_wrapper(call):
+        if is_wrapper(call):
             return self._visit_all(call.children, twins, enclosing)
         sheet = self._sheet(call, twin) if twin is not None else None
         passed: dict[Site, Judgement] = {} if sheet is None else sheet.judge(self.yardstick.limit)
@@ -148,14 +95,14 @@ class Judge:
             failed = self._visit_all(call.children, twins, enclosing)
             self._note(call, passed, sheet, failed)
             return failed
-        if sheet is not None and twin is not None and not sheet.apart and _anchored(call, twin):
+        if sheet is not None and twin is not None and not sheet.apart and anchored(call, twin):
             failed = self._visit_all(call.children, twins, enclosing)
 
-            def anchored(number: int, width: float) -> Sample:
+            def within(number: int, width: float) -> Sample:
                 return enclosing(number, width).inner[twin.name, twin.index]
 
-            judged = self.decide(sheet, anchored, failed)
-            return failed | self._note(call, judged, sheet, failed, anchored)
+            judged = self.decide(sheet, within, failed)
+            return failed | self._note(call, judged, sheet, failed, within)
         replay = self._replay(call)
         if replay is None:
             return self._visit_all(call.children, twins, enclosing)
@@ -176,7 +123,7 @@ class Judge:
         twins = match(self.low.calls, reference.calls)
         failed: set[str] = set()
         for top in tops:
-            if len(tops) == 1 and _covers(top, self.low):  # the function is that module: judged as a whole below
+            if len(tops) == 1 and covers(top, self.low):  # the function is that module: judged as a whole below
                 failed |= self._visit_all(top.children, twins, samples)
             else:
                 failed |= self.visit(top, twins, samples)
@@ -208,7 +155,7 @@ class Judge:
         try:
             self._sampled(judged, open_, sheet, sample, failed)
         except Exception as error:
-            text = f"a perturbed run raised {type(error).__name__}: {_first_line(error)}; not judged"
+            text = f"a perturbed run raised {type(error).__name__}: {first_line(error)}; not judged"
             self.remarks.setdefault(("", "sample"), text)
             for site in open_:
                 if judged[site].bound:
@@ -222,7 +169,7 @@ class Judge:
         for count, margin in zip(SAMPLES, MARGINS, strict=True):
             while len(samples) < count:
                 samples.append(sample(len(samples), 1.0))
-            again = Sheet({s: sheet.pairs[s] for s in open_}).judge(self.yardstick.limit, samples)
+            again = sheet.only(open_).judge(self.yardstick.limit, samples)
             judged.update(again)
             small = {s for s in open_ if count == 1 and sheet.pairs[s].reference.numel() < FEW}
             open_ = small | {s for s in open_ if again[s].score > margin * self.yardstick.limit}
@@ -230,13 +177,18 @@ class Judge:
             if not open_ or (all(s[0] in failed for s in open_) and count > 1):
                 return
         wide = [sample(n, WIDE) for n in range(WIDE_SAMPLES)]
-        judged.update(Sheet({s: sheet.pairs[s] for s in open_}).judge(self.yardstick.limit, samples, wide))
+        judged.update(sheet.only(open_).judge(self.yardstick.limit, samples, wide))
 
     def _passes(self, judgement: Judgement) -> bool:
         return judgement.score <= self.yardstick.limit
 
     def _note(
-        self, call: Call | None, judged: dict[Site, Judgement], sheet: Sheet, failed: set[str], sample: Sampler | None = None
+        self,
+        call: Call | None,
+        judged: dict[Site, Judgement],
+        sheet: Sheet,
+        failed: set[str],
+        sample: Sampler | None = None,
     ) -> set[str]:
         out: set[str] = set()
         for where in ("forward", "backward"):
@@ -266,7 +218,7 @@ class Judge:
         narrow = [sample(n, NARROW) for n in range(NARROW_SAMPLES)]
         for site in list(steep):
             entry = sheet.pairs[site]
-            moved = min((entry.spread([v]) for v in _values(narrow, site, entry)), default=0.0)
+            moved = min((entry.spread([v]) for v in values(narrow, site, entry)), default=0.0)
             if moved < steep[site] / self.yardstick.limit * NARROW * entry.u * entry.rms_reference:
                 del steep[site]
         return max(steep.values(), default=0.0)
@@ -274,61 +226,17 @@ class Judge:
     # -- sheets -----------------------------------------------------------------------------------------------------
 
     def _sheet(self, call: Call, twin: Call, replay: Run | None = None) -> Sheet:
-        u, step = self.yardstick.own_u(call, "forward"), self.yardstick.step
+        """The call beside its twin; its parameters' gradients beside the replay's, or (to screen) the whole run's."""
+        sheet, step, scale = Sheet(), self.yardstick.step, self.low.scale
+        sheet.add_outputs(call.outputs, twin.outputs, self.yardstick.own_u(call, "forward"), step)
         back = self.yardstick.own_u(call, "backward")
-        sheet = Sheet()
-        theirs = dict(twin.outputs)
-        for path, low in call.outputs:
-            if path in theirs:
-                sheet.add("forward", f"output{path}", low, theirs[path], u, step)
-        if len(theirs) != len(call.outputs):
-            sheet.apart.append(f"{len(call.outputs)} tensors come out in the mode, {len(theirs)} in FP64")
-        grads = twin.input_grads if replay is None else replay.input_grads
+        inputs = twin.input_grads if replay is None else replay.input_grads
         for path, low in call.input_grads.items():
-            reference = grads.get(path)
-            if reference is not None and reference.shape == low.shape:
-                sheet.add(
-                    "backward",
-                    f"grad of {input_name(path)}",
-                    _unscaled(low, self.low.scale),
-                    reference,
-                    u,
-                    self._gradient_step,
-                )
-        if replay is not None:
-            for key, name in self._owned.get(id(call), {}).items():
-                low_grad, reference = self.low.parameter_grads.get(key), replay.parameter_grads.get(key)
-                if low_grad is not None and reference is not None:
-                    sheet.add(
-                        "backward",
-                        f"grad of {name}",
-                        _unscaled(low_grad, self.low.scale),
-                        reference,
-                        u,
-                        self._gradient_step,
-                    )
-        elif call.output_grads and self._owned.get(id(call)):
-            # A parameter's gradient is screened against the whole run by ``whole``; here it must be replayed when
-            # the whole run's did not agree.
-            for key, name in self._owned[id(call)].items():
-                low_grad, reference = self.low.parameter_grads.get(key), self.true_grads.get(key)
-                if low_grad is not None and reference is not None:
-                    sheet.add(
-                        "backward",
-                        f"grad of {name}",
-                        _unscaled(low_grad, self.low.scale),
-                        reference,
-                        u,
-                        self._gradient_step,
-                    )
+            sheet.add_gradient(input_name(path), low, inputs.get(path), back, step, scale)
+        true = self.true_grads if replay is None else replay.parameter_grads
+        for key, name in self._owned.get(id(call), {}).items() if call.output_grads else ():
+            sheet.add_gradient(name, self.low.parameter_grads.get(key), true.get(key), back, step, scale)
         return sheet
-
-    true_grads: dict[int, torch.Tensor] = {}  # noqa: RUF012 - replaced per audit, by the whole reference's gradients
-
-    @property
-    def _gradient_step(self) -> float:
-        """One subnormal step of a gradient, after unscaling."""
-        return self.yardstick.step / self.low.scale
 
     def _single_use_parameters(self) -> dict[int, dict[int, str]]:
         """Parameters by the one call that uses them: {id(call): {id(parameter): name}}. Tied ones are left out."""
@@ -376,7 +284,7 @@ class Judge:
         except Exception as error:
             self.remarks[call.name, "replay"] = (
                 f"this call could not be replayed in FP64 on its own inputs ({type(error).__name__}: "
-                f"{_first_line(error)}); judged within its caller"
+                f"{first_line(error)}); judged within its caller"
             )
             return None
         return run if run.calls else None
@@ -387,7 +295,7 @@ class Judge:
         if run is None:
             return None
         sheet = self._sheet(call, run.calls[0], run)
-        return Sheet({s: p for s, p in sheet.pairs.items() if s[0] == "forward"}).judge(self.yardstick.limit)
+        return sheet.only([s for s in sheet.pairs if s[0] == "forward"]).judge(self.yardstick.limit)
 
     def _sample_call(self, call: Call, number: int, width: float) -> Sample:
         noise = Noise(width * self.yardstick.own_u(call, "forward"), self.yardstick.seed, number)
@@ -395,7 +303,11 @@ class Judge:
         disturbed = noise.parameters(self.worlds.true_parameters, used)
         tables = {k: b for k, b in self.worlds.true_buffers.items() if k[0] in {id(m) for m in call.module.modules()}}
         buffers = noise.buffers(tables) if self.yardstick.tables else None
-        with self.worlds.true(parameters=disturbed, buffers=buffers, state=call.state), plain_double(), TrueDouble(noise) as mode:
+        with (
+            self.worlds.true(parameters=disturbed, buffers=buffers, state=call.state),
+            plain_double(),
+            TrueDouble(noise) as mode,
+        ):
             assert call.rng is not None
             call.rng.restore()
             args, kwargs = noise.inputs(widen_tree((call.args, call.kwargs)), self.yardstick.exact)
@@ -432,82 +344,3 @@ class Judge:
         """The call's module and what is inside it, by the names of the whole function."""
         inside = {id(m) for m in call.module.modules()} | {id(c.module) for c in call.subtree()}
         return {n: m for n, m in self.worlds.names.items() if id(m) in inside}
-
-
-def sample_of(run: Run, names: dict[int, str]) -> Sample:
-    """A perturbed run's tensors by the names that a sheet gives them."""
-    forward = {f"output{path}": t for path, t in run.outputs}
-    backward = {f"grad of {input_name(path)}": t for path, t in run.input_grads.items()}
-    backward |= {f"grad of {names[k]}": t for k, t in run.parameter_grads.items() if k in names}
-    inner = {
-        (c.name, c.index): Sample({f"output{path}": t for path, t in c.outputs}, {})
-        for c in run.calls if c.anchors is not None
-    }  # fmt: skip
-    return Sample(forward, backward, inner)
-
-
-def input_name(path: str) -> str:
-    """What a reader calls the input at a path of (args, kwargs): ``input[0]``, ``input['mask']``."""
-    return "input" + (path[3:] if path[:3] in ("[0]", "[1]") else path)
-
-
-def match(low: Sequence[Call], true: Sequence[Call]) -> dict[int, Call]:
-    """Each low call's twin in an FP64 run: the call of the same module with the same number of predecessors."""
-    waiting: dict[str, list[Call]] = {}
-    for call in true:
-        waiting.setdefault(call.name, []).append(call)
-    twins: dict[int, Call] = {}
-    for call in low:
-        queue = waiting.get(call.name)
-        if queue:
-            twins[id(call)] = queue.pop(0)
-    return twins
-
-
-def _is_wrapper(call: Call) -> bool:
-    """Whether the call only hands its inputs to one child and that child's outputs back."""
-    if len(call.children) != 1:
-        return False
-    child = call.children[0]
-    if child.end < 0 or len(child.outputs) != len(call.outputs) or not call.outputs:
-        return False
-    from precision_runtime.tree import leaves
-
-    ours, theirs = list(leaves((call.args, call.kwargs))), list(leaves((child.args, child.kwargs)))
-    return len(ours) == len(theirs) and all(
-        _identical(a, b)
-        for a, b in zip([t for _, t in ours + call.outputs], [t for _, t in theirs + child.outputs], strict=True)
-    )
-
-
-def _anchored(call: Call, twin: Call) -> bool:
-    """Whether the twin ran on the call's own inputs: nothing floating goes in, and the rest is equal.
-
-    Then the enclosing run is the replay. (The gradient that comes in is always the low run's own.)
-    """
-    if call.output_grads or call.state or call.anchors is None or twin.anchors is None:
-        return False
-    return len(call.anchors) == len(twin.anchors) and all(
-        _identical(a, b) for a, b in zip(call.anchors, twin.anchors, strict=True)
-    )
-
-
-def _covers(call: Call, run: Run) -> bool:
-    """Whether the call is the whole function."""
-    return len(call.outputs) == len(run.outputs) and all(
-        _identical(a, b) for (_, a), (_, b) in zip(call.outputs, run.outputs, strict=True)
-    )
-
-
-def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype or a.layout is not torch.strided or a.is_nested:
-        return False
-    return bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else ""
-
-
-def _unscaled(grad: torch.Tensor, scale: float) -> torch.Tensor:
-    return grad if scale == 1.0 else grad.to(torch.float64) / scale

@@ -57,17 +57,17 @@ class Noise:
 
 
 class Exact:
-    """The whole function's inputs that the mode's dtype holds exactly: casting them costs nothing, so nothing is excused.
+    """The whole function's inputs that the mode's dtype holds exactly: casting them costs nothing, nothing is excused.
 
     A module that is handed such an input unchanged is treated alike. Results of other modules are never exact: their
     values have been rounded already, and their operands' rounding is what the intrinsic error stands for.
     """
 
     def __init__(self, inputs: Any, dtype: torch.dtype) -> None:
-        self._tensors = [
-            t for _, t in leaves(inputs)
-            if t.is_floating_point() and t.layout is torch.strided and not t.is_nested and torch.equal(t.to(dtype).to(t.dtype), t)
-        ]  # fmt: skip
+        plain = [
+            t for _, t in leaves(inputs) if t.is_floating_point() and t.layout is torch.strided and not t.is_nested
+        ]
+        self._tensors = [t for t in plain if torch.equal(t.to(dtype).to(t.dtype), t)]
 
     @property
     def key(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +15,8 @@ from precision_runtime.accelerators import resolve
 from precision_runtime.auditing.blame import findings_of
 from precision_runtime.auditing.discover import find_modules, name_of
 from precision_runtime.auditing.dispatch import LowWatch, TrueDouble, plain_double
-from precision_runtime.auditing.judge import Judge, Sheet, Yardstick, input_name, sample_of
+from precision_runtime.auditing.failing import error_finding, user_line
+from precision_runtime.auditing.judge import Judge, Yardstick
 from precision_runtime.auditing.noise import Exact, Noise
 from precision_runtime.auditing.originals import Originals
 from precision_runtime.auditing.randomness import reseed, seeded
@@ -24,6 +24,7 @@ from precision_runtime.auditing.recorder import Call, Recorder
 from precision_runtime.auditing.recurrent import noisy_states
 from precision_runtime.auditing.references import Reference, References, Sample
 from precision_runtime.auditing.runs import Run, execute, loss_gradient
+from precision_runtime.auditing.sheet import Sheet, input_name, sample_of
 from precision_runtime.auditing.worlds import Worlds, clone, widen_tree
 from precision_runtime.capability import support
 from precision_runtime.casting import TO, cast_module, cast_tree
@@ -39,6 +40,10 @@ SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
 # Without a scaler the incoming gradient of outputs that are no scalar loss is ours to choose, and users' means make it
 # small: a gradient that only our sum over all outputs overflows is nobody's defect.
 SUM_SCALES = (1.0, 2.0**-4, 2.0**-8, 2.0**-12, 1.0)
+
+# A parameter's gradient this much smaller than the largest one is what FP64's own rounding (2^-53 of the terms, sums of
+# some hundred of them) leaves of an exact zero, such as a query's gradient where there is one key.
+EXACT_ZERO = 2.0**-46
 
 
 def audit(
@@ -128,8 +133,12 @@ class _Trial:
         self.remarks += remarks
         self.remarks += [Remark("not-judged", text, module) for (module, _), text in judge.remarks.items()]
         self.remarks += [
-            Remark("known-defect", f"{d.summary} (torch {d.torch_versions}); computed rightly here, {factor:.0f} times one "
-                   "rounding otherwise", op=d.op)
+            Remark(
+                "known-defect",
+                f"{d.summary} (torch {d.torch_versions}); computed rightly here, {factor:.0f} times "
+                "one rounding otherwise",
+                op=d.op,
+            )
             for d, factor in self._watch.defects.values()
         ]  # fmt: skip
         fallbacks = reference.fallbacks | judge.fallbacks
@@ -140,7 +149,7 @@ class _Trial:
                 )
             )
         whole = max((v.score for v in judge.verdicts if v.call is None), default=0.0)
-        # Only measured figures: a call that passed on its bound alone has lost less than the budget, nobody knows how much.
+        # Only measured figures: a call that passed on its bound has lost less than the budget, nobody knows how much.
         scores = [v.measured for v in judge.verdicts] + [whole] + [f.excess for f in findings]
         return Report(
             subject=self.name,
@@ -201,7 +210,11 @@ class _Trial:
     def _true(self, worlds: Worlds, noise: Noise | None = None) -> tuple[Run, TrueDouble]:
         parameters = noise.parameters(worlds.true_parameters, set(worlds.true_parameters)) if noise else None
         buffers = noise.buffers(worlds.true_buffers) if noise and not self.mode.low else None
-        with worlds.true(parameters=parameters, buffers=buffers), plain_double(), TrueDouble(noise, self._watch.frames[0].decisions) as mode:
+        with (
+            worlds.true(parameters=parameters, buffers=buffers),
+            plain_double(),
+            TrueDouble(noise, self._watch.frames[0].decisions) as mode,
+        ):
             reseed(self.seed)
             inputs = widen_tree((self.args, self.kwargs))
             args, kwargs = noise.inputs(inputs, self._exact) if noise else inputs
@@ -255,46 +268,39 @@ class _Trial:
         # Within one step of the subnormal numbers a value is as right as the format can hold it.
         step = format_.smallest_subnormal
         yardstick = Yardstick(
-            format_.unit_roundoff, step, self.limit, self.mode.autocast, self.seed, self._u_of, self._exact, self._alike, not self.mode.low
+            format_.unit_roundoff,
+            step,
+            self.limit,
+            self.mode.autocast,
+            self.seed,
+            self._u_of,
+            self._exact,
+            self._alike,
+            not self.mode.low,
         )
-        judge = Judge(worlds, low, yardstick)
         names = _parameter_names(worlds)
-        judge.true_grads = {k: reference.parameter_grads[n] for k, n in names.items() if n in reference.parameter_grads}
+        true_grads = {k: reference.parameter_grads[n] for k, n in names.items() if n in reference.parameter_grads}
+        judge = Judge(worlds, low, yardstick, true_grads)
         sheet = Sheet()
-        theirs = dict(reference.run.outputs)
-        u = self._u_of(None)
-        for path, value in low.outputs:
-            if path in theirs:
-                sheet.add("forward", f"output{path}", value, theirs[path], u, step)
-        if len(theirs) != len(low.outputs):
-            sheet.apart.append(f"{len(low.outputs)} tensors come out in the mode, {len(theirs)} in FP64")
+        forward_u = self._u_of(None)
+        sheet.add_outputs(low.outputs, reference.run.outputs, forward_u, step)
+        back = self._u_of(None, "backward")
+        noise_floor = EXACT_ZERO * max((_rms(g) for g in judge.true_grads.values()), default=0.0)
         for path, grad in low.input_grads.items():
-            if path in reference.run.input_grads:
-                sheet.add(
-                    "backward",
-                    f"grad of {input_name(path)}",
-                    _unscaled(grad, low.scale),
-                    reference.run.input_grads[path],
-                    self._u_of(None, "backward"),
-                    step / low.scale,
-                )
+            true = reference.run.input_grads.get(path)
+            if true is not None and true.shape == grad.shape:
+                sheet.add_gradient(input_name(path), grad, true, back, step, low.scale)
         for key, grad in low.parameter_grads.items():
-            if key in judge.true_grads:
-                sheet.add(
-                    "backward",
-                    f"grad of {names[key]}",
-                    _unscaled(grad, low.scale),
-                    judge.true_grads[key],
-                    self._u_of(None, "backward"),
-                    step / low.scale,
-                )
+            true = judge.true_grads.get(key)
+            if true is not None and (_rms(true) > noise_floor or noise_floor == 0.0):
+                sheet.add_gradient(names[key], grad, true, back, step, low.scale)
 
         def sample(number: int, width: float) -> Sample:
             # Decisions were rounded in other places in other modes.
-            key = (width * u, self._exact.key, tuple(d for c in low.calls for d in c.trace.decisions))
+            key = (width * forward_u, self._exact.key, tuple(d for c in low.calls for d in c.trace.decisions))
             made = reference.samples.setdefault(key, [])
             while len(made) <= number:
-                run, _ = self._true(worlds, Noise(width * u, self.seed, len(made)))
+                run, _ = self._true(worlds, Noise(width * forward_u, self.seed, len(made)))
                 made.append(sample_of(run, names))
             return made[number]
 
@@ -339,7 +345,7 @@ class _Trial:
         return [
             Finding(
                 kind="not-applied", where="forward", module="", op=None, lost_bits=0.0, excess=0.0,
-                message=f"the mode was not applied: no op produced {self.mode.compute}, every matrix product ran in {ran}",
+                message=f"the mode was not applied: no op produced {self.mode.compute}, every product ran in {ran}",
             )
         ]  # fmt: skip
 
@@ -351,12 +357,7 @@ class _Trial:
             raise error
         if self._plain_error(worlds) is not None:
             raise error
-        where = _user_line(error)
-        finding = Finding(
-            kind="error", where="forward", module=_module_of(error, worlds), op=None, lost_bits=float("inf"), excess=float("inf"),
-            message=f"does not run in this mode: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            + (f" ({where})" if where else ""),
-        )  # fmt: skip
+        finding = error_finding(error, worlds.names)
         return Report(
             self.name, self.mode.name, self.accelerator, self.status, self.budget, float("inf"), float("inf"),
             (finding,), tuple(self.remarks), 0, self.seed,
@@ -373,7 +374,8 @@ class _Trial:
                 recorder = Recorder({}, worlds)
                 execute(
                     self.function, args, kwargs, recorder,
-                    cotangent=loss_gradient(self.seed) if self.gradients else None, parameters=self._parameters.values(),
+                    cotangent=loss_gradient(self.seed) if self.gradients else None,
+                    parameters=self._parameters.values(),
                 )  # fmt: skip
         except Exception as error:
             return error
@@ -383,11 +385,15 @@ class _Trial:
         plain = self._plain_error(worlds)
         if plain is not None:
             return plain
-        where = _user_line(error)
+        where = user_line(error)
         return AuditError(
             f"{self.name} runs in {self.mode} and in float32 but not in FP64, so there is no reference: "
             f"{type(error).__name__}: {error}" + (f" ({where})" if where else "")
         )
+
+
+def _rms(t: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(t)) / math.sqrt(max(1, t.numel()))
 
 
 _DOUBLE_TO_SINGLE = {torch.float64: torch.float32, torch.complex128: torch.complex64}
@@ -400,28 +406,3 @@ def _parameter_names(worlds: Worlds) -> dict[int, str]:
             if p is not None:
                 names.setdefault(id(p), f"{path}.{name}" if path else name)
     return names
-
-
-def _unscaled(grad: torch.Tensor, scale: float) -> torch.Tensor:
-    return grad if scale == 1.0 else grad.to(torch.float64) / scale
-
-
-def _user_line(error: BaseException) -> str:
-    """The last frame outside torch and this package: the line that a user can change."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = frame.filename.replace("\\", "/")
-        if "/torch/" not in path and "/precision_runtime/" not in path and not path.startswith("<"):
-            return f"{path.rpartition('/')[2]}:{frame.lineno}: {frame.line}"
-    return ""
-
-
-def _module_of(error: BaseException, worlds: Worlds) -> str:
-    """The innermost module whose code was running when the error was raised."""
-    names = {id(m): n for n, m in worlds.names.items()}
-    trace, found = error.__traceback__, ""
-    while trace is not None:
-        owner = trace.tb_frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and id(owner) in names:
-            found = names[id(owner)]
-        trace = trace.tb_next
-    return found

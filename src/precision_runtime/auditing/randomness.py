@@ -100,7 +100,7 @@ class RandomState:
 
     @classmethod
     def capture(cls) -> RandomState:
-        """The state now. Only the CPU generator is kept: each device's audit draws on the CPU or reseeds (see seeded)."""
+        """The state now; of torch's generators the CPU's (``seeded`` forks the others)."""
         np = sys.modules.get("numpy")
         return cls(torch.get_rng_state(), random.getstate(), np.random.get_state() if np is not None else None)
 

@@ -60,8 +60,8 @@ class Recorder:
     def __init__(
         self, modules: Mapping[str, nn.Module], worlds: Worlds, *, inputs: bool = False, outputs: bool = True,
         gradients: bool = False, perturb: Noise | None = None, skip: nn.Module | None = None,
-        frames: list[Trace] | None = None, alike: frozenset[str] = frozenset(), marks: list[Iterator[bool]] | None = None,
-        twins: Sequence[Call] = (),
+        frames: list[Trace] | None = None, alike: frozenset[str] = frozenset(),
+        marks: list[Iterator[bool]] | None = None, twins: Sequence[Call] = (),
     ) -> None:  # fmt: skip
         self.modules, self.worlds = modules, worlds
         self.alike = alike

@@ -11,8 +11,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 Perturb = Callable[[torch.Tensor], torch.Tensor]
@@ -100,7 +100,7 @@ def _layers(
             finals.append(final)
         x = torch.cat(outs, -1)
         if module.dropout and module.training and layer < module.num_layers - 1:
-            x = F.dropout(x, module.dropout)
+            x = functional.dropout(x, module.dropout)
     return x, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
 
 
@@ -108,10 +108,10 @@ def _direction(
     module: nn.RNNBase, suffix: str, x: torch.Tensor, state: State, lengths: torch.Tensor | None, reverse: bool,
     perturb: Perturb,
 ) -> tuple[torch.Tensor, State]:  # fmt: skip
-    weights = {
+    weights: dict[str, Any] = {
         n: getattr(module, n + suffix, None) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
     }
-    gates = F.linear(x, weights["weight_ih"], weights["bias_ih"])
+    gates = functional.linear(x, weights["weight_ih"], weights["bias_ih"])
     steps = range(x.shape[0] - 1, -1, -1) if reverse else range(x.shape[0])
     cell = _CELLS[module.mode]
     out: list[torch.Tensor] = [x] * x.shape[0]
@@ -129,16 +129,16 @@ def _direction(
 
 def _lstm(gates: torch.Tensor, state: State, w: dict[str, Any]) -> State:
     h, c = state
-    i, f, g, o = (gates + F.linear(h, w["weight_hh"], w["bias_hh"])).chunk(4, -1)
+    i, f, g, o = (gates + functional.linear(h, w["weight_hh"], w["bias_hh"])).chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     h = torch.sigmoid(o) * torch.tanh(c)
-    return (h if w["weight_hr"] is None else F.linear(h, w["weight_hr"])), c
+    return (h if w["weight_hr"] is None else functional.linear(h, w["weight_hr"])), c
 
 
 def _gru(gates: torch.Tensor, state: State, w: dict[str, Any]) -> State:
     (h,) = state
     xr, xz, xn = gates.chunk(3, -1)
-    hr, hz, hn = F.linear(h, w["weight_hh"], w["bias_hh"]).chunk(3, -1)
+    hr, hz, hn = functional.linear(h, w["weight_hh"], w["bias_hh"]).chunk(3, -1)
     r, z = torch.sigmoid(xr + hr), torch.sigmoid(xz + hz)
     n = torch.tanh(xn + r * hn)
     return ((1 - z) * n + z * h,)
@@ -146,7 +146,7 @@ def _gru(gates: torch.Tensor, state: State, w: dict[str, Any]) -> State:
 
 def _plain(activation: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., State]:
     def cell(gates: torch.Tensor, state: State, w: dict[str, Any]) -> State:
-        return (activation(gates + F.linear(state[0], w["weight_hh"], w["bias_hh"])),)
+        return (activation(gates + functional.linear(state[0], w["weight_hh"], w["bias_hh"])),)
 
     return cell
 

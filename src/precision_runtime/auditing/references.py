@@ -69,6 +69,8 @@ class References:
 
 def _equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(
-        x.shape == y.shape and x.dtype == y.dtype and bool(((x == y) | ((x != x) & (y != y))).all())
+        x.shape == y.shape
+        and x.dtype == y.dtype
+        and (torch.equal(x, y) or bool(((x == y) | (x.isnan() & y.isnan())).all()))
         for x, y in zip(a, b, strict=True)
     )

@@ -69,15 +69,16 @@ def execute(
                 with torch.set_grad_enabled(grad), forward_context():
                     result = function(*args, **kwargs)
             recorder.active = False
-            return _differentiate(Run([], recorder.calls), result, sources, recorder, cotangent, parameters, scales)
+            return differentiate(Run([], recorder.calls), result, sources, recorder, cotangent, parameters, scales)
     finally:
         recorder.active = False
 
 
-def _differentiate(
+def differentiate(
     run: Run, result: Any, sources: list[tuple[str, torch.Tensor]], recorder: Recorder, cotangent: Cotangent | None,
     parameters: Iterable[nn.Parameter], scales: Sequence[float],
 ) -> Run:  # fmt: skip
+    """Complete ``run`` with the results' values and, where ``cotangent`` is given, with gradients."""
     outputs = list(leaves(result))
     run.outputs = [(path, t.detach().clone()) for path, t in outputs]
     if cotangent is None:

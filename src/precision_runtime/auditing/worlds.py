@@ -162,11 +162,8 @@ class Worlds:
         self._enter({**self.true_parameters, **(parameters or {})}, {**self.true_buffers, **(buffers or {})})
         for (key, name), value in (state or {}).items():
             module = self._by_id[key]
-            value = widen_tree(value)
-            if name in module._buffers:
-                module._buffers[name] = value
-            else:
-                vars(module)[name] = value
+            holder = module._buffers if name in module._buffers else vars(module)
+            holder[name] = widen_tree(value)
         try:
             yield
         finally:
@@ -182,7 +179,7 @@ class Worlds:
                 (module._modules, shelf.modules),
             ):
                 if dict(now) != before if now is module._modules else not _same(now, before):
-                    now.clear()  # type: ignore[attr-defined]
+                    now.clear()
                     now.update(before)  # type: ignore[arg-type]
             shelf.put_attributes_back()
         for key, data in self._data.items():
