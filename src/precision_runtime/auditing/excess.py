@@ -203,8 +203,10 @@ class Pair:
                 f"{self.maximum:.6g}: the result itself is out of the mode's range"
             )
         else:
-            note = "an intermediate value left the range of the dtype, or a division by a flushed zero; the result "
-                "itself fits"
+            note = (
+                "an intermediate value left the range of the dtype, or a division by a flushed zero; "
+                "the result itself fits"
+            )
         worst = Worst(
             self.tensor, _unravel(where, self.shape), float(self.observed[where]), reference, 0.0,
             count / max(1, self.reference.numel()),
