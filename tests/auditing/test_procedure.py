@@ -240,10 +240,6 @@ def test_a_cache_in_kwargs_grows_anew_in_each_run_and_comes_back_as_it_was(mode:
 
 
 @pytest.mark.parametrize("mode", ["16-true", "bf16-true"])
-@pytest.mark.xfail(
-    reason="the gradient that reaches a call through what it left in the cache is no part of its replay: the first "
-    "call is blamed for the difference"
-)
 def test_a_gradient_that_flows_through_a_cache_into_an_earlier_call_is_no_finding(mode: str) -> None:
     cache = Cache(torch.randn(2, 3, 8), torch.randn(2, 3, 8))
     report = audit(TwoSteps(), torch.randn(2, 2, 8), mode=mode, kwargs={"cache": cache})
@@ -382,7 +378,6 @@ def test_a_cast_buffer_is_found_with_kind_cast_and_the_figure_without_the_cast()
     assert audit(Rotary(), torch.arange(500), mode="bf16-mixed").ok  # nothing is cast there
 
 
-@pytest.mark.xfail(reason="the proof of a cast is tried for calls, not for a module that is the whole function")
 def test_a_cast_buffer_of_the_judged_module_itself_is_a_cast_too() -> None:
     only(audit(Rotary(), torch.arange(500), mode="bf16-true"), "cast", "forward", "")
 

@@ -152,16 +152,7 @@ class FromIndices(KeepsItsWeights):
         return (torch.nn.functional.one_hot(x, 8).float() @ torch.eye(8)) * self.scale
 
 
-@pytest.mark.parametrize(
-    "floating",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(reason="the cast of the inputs themselves counts as an op that ran in the mode"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("floating", [False, True])
 def test_a_mode_that_was_not_applied_is_a_finding(floating: bool) -> None:
     if floating:
         report = audit(KeepsItsWeights(), torch.randn(4, 8), mode="16-true", gradients=False)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from precision_runtime.auditing.excess import Judgement
+from precision_runtime.auditing.excess import TAIL_RATIO, Judgement
 from precision_runtime.auditing.judge import Judge
 from precision_runtime.auditing.recorder import Call
 from precision_runtime.auditing.sheet import Verdict
@@ -71,13 +71,13 @@ def _one_per_module(findings: list[Finding]) -> list[Finding]:
 
 def _finding(judge: Judge, verdict: Verdict) -> Finding:
     worst = verdict.worst
-    kind, op, message, tried = _explain(judge, verdict, worst)
+    kind, message, tried = _explain(judge, verdict, worst)
     call = verdict.call
     return Finding(
         kind=kind,
         where=_where(verdict),
         module=_name(call),
-        op=op,
+        op=None,
         lost_bits=_finite_bits(worst.score),
         excess=worst.score,
         message=message,
@@ -88,45 +88,45 @@ def _finding(judge: Judge, verdict: Verdict) -> Finding:
     )
 
 
-def _explain(judge: Judge, verdict: Verdict, worst: Judgement) -> tuple[Kind, str | None, str, str | None]:
-    if worst.kind == "range":
-        return "range", None, worst.note, None
-    if worst.kind == "underflow":
-        return "underflow", None, worst.note or "most of the error is values that were flushed to zero", None
-    call = verdict.call
-    if call is not None and verdict.where == "forward" and not verdict.consequence:
+def _explain(judge: Judge, verdict: Verdict, worst: Judgement) -> tuple[Kind, str, str | None]:
+    """The kind, what happened, and what was tried against it."""
+    call = verdict.call if verdict.call is not None else judge.cover
+    guilty = call is not None and not verdict.consequence
+    if guilty and verdict.where == "forward" and worst.kind is None:
+        assert call is not None
         cast = _cast_proof(judge, call, worst.score)
         if cast is not None:
             names, after = cast
-            return (
-                "cast", None, f"casting the buffer {names} to the mode's dtype lost what this module needs",
-                f"with {names} kept in fp32 the loss falls from {bits(lost_bits(worst.score))} to "
-                f"{bits(lost_bits(after))}",
-            )  # fmt: skip
-    figure = (
+            message = f"casting the buffer {names} to the mode's dtype lost what this module needs"
+            return "cast", message, _tried(f"{names} kept in fp32", worst.score, after)
+    tried = None
+    if guilty and verdict.where == "forward":
+        assert call is not None
+        remains = judge.in_single(call, round_back=worst.kind != "range")
+        if remains is not None and remains < worst.score:
+            tried = _tried(f"`{call.name}` in FP32" if call.name else "all of it in FP32", worst.score, remains)
+    if worst.kind is not None:
+        return worst.kind, worst.note or "most of the error is values that were flushed to zero", tried
+    figure = worst.note or (
         f"the error is {worst.excess:.3g} times what rounding the operands must cost"
-        if worst.excess * 4 >= worst.tail
+        if worst.excess * TAIL_RATIO >= worst.tail
         else f"single elements are off by {worst.tail:.3g} times what rounding the operands must cost"
     )
-    if worst.note:
-        figure = worst.note
-    if call is not None and type(call.module).__module__.startswith("torch.nn.modules") and not call.children:
-        return (
-            "kernel",
-            None,
-            f"{figure}; the module is torch's own: its kernel or its use in this dtype is to blame",
-            None,
-        )
-    own = (
-        ""
-        if call is None
-        else (
-            ", on the inputs that it really got"
-            + ("" if verdict.where == "forward" else " and the gradient that really came in")
-        )
-    )
-    inside = "; a part of it is to blame" if verdict.consequence else ""
-    return "instability", None, f"{figure}{own}{inside}", None
+    if (
+        guilty
+        and call is not None
+        and type(call.module).__module__.startswith("torch.nn.modules")
+        and not call.children
+    ):
+        return "kernel", f"{figure}; the module is torch's own: its kernel or its use in this dtype is to blame", tried
+    if verdict.call is not None:
+        figure += ", on the inputs that it really got"
+        figure += " and the gradient that really came in" if verdict.where == "backward" else ""
+    return "instability", figure + ("; a part of it is to blame" if verdict.consequence else ""), tried
+
+
+def _tried(what: str, before: float, after: float) -> str:
+    return f"with {what} the loss falls from {bits(lost_bits(before))} to {bits(lost_bits(after))}"
 
 
 def _cast_proof(judge: Judge, call: Call, before: float) -> tuple[str, float] | None:

@@ -75,6 +75,7 @@ class Pair:
     decision: bool = False
     flips: int = 0
     gradient: bool = False
+    dtype_normal: float = 0.0  # smallest normal value of the observed dtype; 0 where it was computed in FP64
     rms_reference: float = field(init=False, default=0.0)
     rms_error: float = field(init=False, default=0.0)
 
@@ -84,8 +85,8 @@ class Pair:
 
     @property
     def smallest_normal(self) -> float:
-        """Smallest value of full precision: 2^(p-1) subnormal steps, where u is 2^-p."""
-        return self.step / (2.0 * self.u)
+        """Smallest value of full precision: the observed dtype's, or 2^(p-1) subnormal steps, where u is 2^-p."""
+        return max(self.dtype_normal, self.step / (2.0 * self.u))
 
     @property
     def floor(self) -> float:
@@ -255,7 +256,9 @@ def pair(
         flips = int((a != r).sum())
         zero = torch.zeros((), dtype=torch.float64)
         return Pair(name, a, r, zero.expand(r.shape), reference.shape, u, 0.0, decision=True, flips=flips)
-    maximum = FORMATS[str(observed.dtype).removeprefix("torch.")].max if observed.is_floating_point() else math.inf
+    form = FORMATS.get(str(observed.dtype).removeprefix("torch."))
+    maximum = form.max if form is not None else math.inf
+    normal = form.smallest_normal if form is not None and observed.dtype != torch.float64 else 0.0
     r = reference.detach().reshape(-1).to(torch.float64)
     a = observed.detach().reshape(-1).to(torch.float64)
     error = a - r
@@ -278,7 +281,9 @@ def pair(
         r = torch.where(r_mask, torch.zeros_like(r), r)
         if lost is None:
             a = torch.where(skip, torch.zeros_like(a), a)
-    return Pair(name, a, r, error, reference.shape, u, step, lost, out_of_range, maximum, gradient=gradient)
+    return Pair(
+        name, a, r, error, reference.shape, u, step, lost, out_of_range, maximum, gradient=gradient, dtype_normal=normal
+    )
 
 
 def flatten_sample(sample: torch.Tensor, like: Pair) -> torch.Tensor | None:

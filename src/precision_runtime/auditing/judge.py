@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from precision_runtime import forwarding
 from precision_runtime.auditing.calls import anchored, covers, is_wrapper, match
 from precision_runtime.auditing.dispatch import TrueDouble, plain_double
 from precision_runtime.auditing.excess import Judgement
@@ -26,6 +27,7 @@ from precision_runtime.auditing.references import Sample
 from precision_runtime.auditing.runs import Run, execute
 from precision_runtime.auditing.sheet import WIDE, Sheet, Site, Verdict, input_name, sample_of, values
 from precision_runtime.auditing.worlds import Worlds, widen, widen_tree
+from precision_runtime.tree import map_tensors
 
 # Perturbed runs: one where the answer is clear (the rms over many elements is as good from one run as from many), more
 # before anything is called a failure.
@@ -73,6 +75,7 @@ class Judge:
         self.remarks: dict[tuple[str, str], str] = {}
         self.fallbacks: set[str] = set()
         self.replays: dict[int, Sheet] = {}
+        self.cover: Call | None = None  # the call that is the whole function
         self.true_grads = true_grads  # of the whole reference, by id of the low run's parameter
         self._owned = self._single_use_parameters()
 
@@ -120,10 +123,11 @@ class Judge:
     def whole(self, reference: Run, sheet: Sheet, samples: Sampler) -> set[str]:
         """Judge the whole function, after everything in it; ``samples`` makes its perturbed runs."""
         tops = [c for c in self.low.calls if c.parent is None]
+        self.cover = tops[0] if len(tops) == 1 and not tops[0].name and covers(tops[0], self.low) else None
         twins = match(self.low.calls, reference.calls)
         failed: set[str] = set()
         for top in tops:
-            if len(tops) == 1 and covers(top, self.low):  # the function is that module: judged as a whole below
+            if top is self.cover:  # the function is that module: judged as a whole below
                 failed |= self._visit_all(top.children, twins, samples)
             else:
                 failed |= self.visit(top, twins, samples)
@@ -229,6 +233,11 @@ class Judge:
         """The call beside its twin; its parameters' gradients beside the replay's, or (to screen) the whole run's."""
         sheet, step, scale = Sheet(), self.yardstick.step, self.low.scale
         sheet.add_outputs(call.outputs, twin.outputs, self.yardstick.own_u(call, "forward"), step)
+        if call.name in self.low.leaky:
+            self.remarks[call.name, "backward"] = (
+                "gradients pass from call to call through a cache; not judged backward"
+            )
+            return sheet
         back = self.yardstick.own_u(call, "backward")
         inputs = twin.input_grads if replay is None else replay.input_grads
         for path, low in call.input_grads.items():
@@ -297,6 +306,30 @@ class Judge:
         sheet = self._sheet(call, run.calls[0], run)
         return sheet.only([s for s in sheet.pairs if s[0] == "forward"]).judge(self.yardstick.limit)
 
+    def in_single(self, call: Call, round_back: bool) -> float | None:
+        """The call's forward score when its module runs in FP32 on the inputs that it really got; None if it cannot.
+
+        ``round_back`` rounds the results to the dtypes that they had, as an FP32 island in the mode would.
+        """
+        assert call.rng is not None
+        single = {k: _single(t) for k, t in self.worlds.true_parameters.items()}
+        buffers = {k: _single(t) for k, t in self.worlds.true_buffers.items()}
+        try:
+            with self.worlds.true(parameters=single, buffers=buffers, state=call.state), forwarding.suspended():
+                call.rng.restore()
+                args, kwargs = map_tensors(_single, widen_tree((call.args, call.kwargs)))
+                run = execute(call.module, args, kwargs, Recorder({}, self.worlds))
+            true = self._replay(call)
+        except Exception:
+            return None
+        if true is None:
+            return None
+        had = {path: t.dtype for path, t in call.outputs}
+        results = [(p, t.to(had[p]) if round_back and p in had else t) for p, t in run.outputs]
+        sheet = Sheet()
+        sheet.add_outputs(results, true.calls[0].outputs, self.yardstick.own_u(call, "forward"), self.yardstick.step)
+        return max((j.score for j in sheet.judge(self.yardstick.limit).values()), default=None)
+
     def _sample_call(self, call: Call, number: int, width: float) -> Sample:
         noise = Noise(width * self.yardstick.own_u(call, "forward"), self.yardstick.seed, number)
         used = {id(p) for p in call.module.parameters()}
@@ -344,3 +377,8 @@ class Judge:
         """The call's module and what is inside it, by the names of the whole function."""
         inside = {id(m) for m in call.module.modules()} | {id(c.module) for c in call.subtree()}
         return {n: m for n, m in self.worlds.names.items() if id(m) in inside}
+
+
+def _single(t: torch.Tensor) -> torch.Tensor:
+    """FP64 becomes FP32; everything else is as it was."""
+    return t.to({torch.float64: torch.float32, torch.complex128: torch.complex64}.get(t.dtype, t.dtype))

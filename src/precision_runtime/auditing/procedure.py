@@ -14,7 +14,7 @@ from precision_runtime import forwarding
 from precision_runtime.accelerators import resolve
 from precision_runtime.auditing.blame import findings_of
 from precision_runtime.auditing.discover import find_modules, name_of
-from precision_runtime.auditing.dispatch import LowWatch, TrueDouble, plain_double
+from precision_runtime.auditing.dispatch import LowWatch, Trace, TrueDouble, plain_double
 from precision_runtime.auditing.failing import error_finding, user_line
 from precision_runtime.auditing.judge import Judge, Yardstick
 from precision_runtime.auditing.noise import Exact, Noise
@@ -169,6 +169,7 @@ class _Trial:
     def _convert(self, root: nn.Module) -> None:
         if any(forwarding.is_set_up(m) for m in root.modules()):
             return
+        root._apply(lambda t: t.to(self.strategy.device))
         if self.mode.params != "float64":
             cast_module(root, _DOUBLE_TO_SINGLE)
         self.strategy.convert(root)
@@ -205,6 +206,7 @@ class _Trial:
             device = self.strategy.device.type
             if self.mode.autocast and not torch.is_autocast_enabled(device):
                 raise AuditError(f"autocast takes no effect on {device}: torch switched it off silently")
+            self._watch.frames[0] = Trace()  # casting and copying the inputs is no part of the code
             yield
 
     def _true(self, worlds: Worlds, noise: Noise | None = None) -> tuple[Run, TrueDouble]:
@@ -345,7 +347,8 @@ class _Trial:
         return [
             Finding(
                 kind="not-applied", where="forward", module="", op=None, lost_bits=0.0, excess=0.0,
-                message=f"the mode was not applied: no op produced {self.mode.compute}, every product ran in {ran}",
+                message=f"the mode was not applied: no op produced {self.mode.compute}, "
+                f"every matrix product ran in {ran}",
             )
         ]  # fmt: skip
 

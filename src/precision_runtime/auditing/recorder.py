@@ -53,6 +53,8 @@ class Recorder:
     ``perturb`` is applied to the output of every call but the outermost ``skip`` ones, and to gradients there.
     ``alike`` are modules that run again during backward (recomputed or reversible segments): both times their outputs
     must be disturbed alike, or the disturbed run would contradict itself. ``recomputed`` collects them.
+    ``leaky`` collects modules that are called again with what an earlier call left in a cache, gradient and all: that
+    gradient is none that comes in through an output, so such calls are not judged backward.
     ``marks`` is the stack of a ``TrueDouble``, filled from the decisions of ``twins``, the low-precision run's calls.
     ``frames`` is the stack of a ``LowWatch``, which notes there what the ops of the open call do.
     """
@@ -70,6 +72,7 @@ class Recorder:
         for call in twins:
             self._twins.setdefault(call.name, []).append(call)
         self.recomputed: set[str] = set()
+        self.leaky: set[str] = set()
         self.inputs, self.outputs, self.gradients = inputs, outputs, gradients
         self.perturb, self.skip, self.frames = perturb, skip, frames
         self.calls: list[Call] = []
@@ -83,13 +86,21 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         for module in self.modules.values():
-            self._handles.append(module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
+            self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
         return self
 
     def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with torch._C._DisableTorchDispatch():  # copies made here are no ops of the judged code
+            return self._before(module, args, kwargs)
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        with torch._C._DisableTorchDispatch():
+            return self._after(module, args, kwargs, output)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.active:
@@ -115,6 +126,8 @@ class Recorder:
             call.rng = RandomState.capture()
             call.state = self.worlds.changed_state(self._parts[id(module)])
         if self.gradients and torch.is_grad_enabled():
+            if index > 0 and self._inherits((args, kwargs)):
+                self.leaky.add(call.name)
             return _with_own_views((args, kwargs), call.input_grads)
         return None
 
@@ -148,6 +161,12 @@ class Recorder:
             output = _with_own_views(output, call.output_grads)
             changed = True
         return output if changed else None
+
+    @staticmethod
+    def _inherits(given: Any) -> bool:
+        """Whether a cache object among the inputs holds results that carry a gradient."""
+        plain = {id(t) for _, t in leaves(given, objects=False)}
+        return any(t.grad_fn is not None for _, t in leaves(given) if id(t) not in plain)
 
     def _disturbed(self, module: nn.Module, output: Any) -> Any:
         assert self.perturb is not None

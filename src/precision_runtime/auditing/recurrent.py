@@ -1,4 +1,4 @@
-"""RNN, LSTM and GRU layers with noise on the state at every step.
+"""RNN, LSTM and GRU layers with noise on the state (and the gate that keeps it) at every step.
 
 A layer that runs 160 steps in half precision rounds its state 160 times. One disturbance of its parameters does not
 stand for that, so the perturbed FP64 run steps through the layer itself and disturbs the state each time.
@@ -116,7 +116,7 @@ def _direction(
     cell = _CELLS[module.mode]
     out: list[torch.Tensor] = [x] * x.shape[0]
     for t in steps:
-        new = tuple(perturb(s) for s in cell(gates[t], state, weights))
+        new = tuple(perturb(s) for s in cell(gates[t], state, weights, perturb))
         if lengths is not None:
             alive = (lengths.to(x.device) > t).unsqueeze(-1)
             new = tuple(torch.where(alive, a, b) for a, b in zip(new, state, strict=True))
@@ -127,7 +127,7 @@ def _direction(
     return torch.stack(out), state
 
 
-def _lstm(gates: torch.Tensor, state: State, w: dict[str, Any]) -> State:
+def _lstm(gates: torch.Tensor, state: State, w: dict[str, Any], perturb: Perturb) -> State:
     h, c = state
     i, f, g, o = (gates + functional.linear(h, w["weight_hh"], w["bias_hh"])).chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
@@ -135,17 +135,18 @@ def _lstm(gates: torch.Tensor, state: State, w: dict[str, Any]) -> State:
     return (h if w["weight_hr"] is None else functional.linear(h, w["weight_hr"])), c
 
 
-def _gru(gates: torch.Tensor, state: State, w: dict[str, Any]) -> State:
+def _gru(gates: torch.Tensor, state: State, w: dict[str, Any], perturb: Perturb) -> State:
     (h,) = state
     xr, xz, xn = gates.chunk(3, -1)
     hr, hz, hn = functional.linear(h, w["weight_hh"], w["bias_hh"]).chunk(3, -1)
-    r, z = torch.sigmoid(xr + hr), torch.sigmoid(xz + hz)
+    # The update gate is stored like the state, and 1 - z is all that a GRU lets in where z is nearly 1.
+    r, z = torch.sigmoid(xr + hr), perturb(torch.sigmoid(xz + hz))
     n = torch.tanh(xn + r * hn)
     return ((1 - z) * n + z * h,)
 
 
 def _plain(activation: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., State]:
-    def cell(gates: torch.Tensor, state: State, w: dict[str, Any]) -> State:
+    def cell(gates: torch.Tensor, state: State, w: dict[str, Any], perturb: Perturb) -> State:
         return (activation(gates + functional.linear(state[0], w["weight_hh"], w["bias_hh"])),)
 
     return cell

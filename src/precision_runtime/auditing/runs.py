@@ -26,6 +26,7 @@ class Run:
     scale: float = 1.0
     differentiable: bool = False
     recomputed: frozenset[str] = frozenset()  # modules that ran again during backward
+    leaky: frozenset[str] = frozenset()  # modules whose earlier calls get a gradient through a cache
 
 
 def execute(
@@ -107,7 +108,7 @@ def differentiate(
         run.scale = scale
         if all(bool(torch.isfinite(g).all()) for g in found if g is not None):
             break
-    run.recomputed = frozenset(recorder.recomputed)
+    run.recomputed, run.leaky = frozenset(recorder.recomputed), frozenset(recorder.leaky)
     for (path, _), g in zip(sources, found[: len(sources)], strict=True):
         if g is not None:
             run.input_grads[path] = g.detach().clone()
