@@ -72,6 +72,11 @@ _CANCELLING = frozenset(
 )  # fmt: skip
 
 
+# A norm sums squares, so nothing cancels in it and its result carries one rounding, the same for a whole row. Noise on
+# the elements averages out and cannot stand for it: the result is disturbed, where it had been rounded.
+_NORMS = frozenset(("aten::linalg_vector_norm", "aten::norm"))
+
+
 class TrueDouble(TorchDispatchMode):
     """Every floating computation in FP64, also where user code asks for another dtype.
 
@@ -80,9 +85,9 @@ class TrueDouble(TorchDispatchMode):
     - an op without an FP64 kernel runs on FP32 copies and its results are widened (``fallbacks`` lists them);
     - random draws are made as in the low-precision run.
 
-    With ``noise``, operands of two kinds of op are disturbed besides what a ``Recorder`` disturbs: those of
-    ``_CANCELLING`` ops, and those of decisions that had been rounded to the mode's dtype when the low-precision run
-    came to the same decision. ``marks`` says so: an iterator for each open module call, innermost last.
+    With ``noise`` some ops are disturbed besides what a ``Recorder`` disturbs: operands of ``_CANCELLING`` ops, and
+    operands of decisions and results of norms that had been rounded to the mode's dtype when the low-precision run came
+    to the same place. ``marks`` says so: an iterator for each open module call, innermost last.
     """
 
     def __init__(self, noise: Noise | None = None, marks: Sequence[bool] = ()) -> None:
@@ -112,9 +117,12 @@ class TrueDouble(TorchDispatchMode):
         if self._noise is not None and not writes:
             args = self._disturbed(func, args)
         try:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
         except (RuntimeError, NotImplementedError) as error:
             return self._narrow(func, args, kwargs, writes, error)
+        if self._noise is not None and func._schema.name in _NORMS and next(self.marks[-1], False):
+            return self._noise(result)
+        return result
 
     def _disturbed(self, func: Any, args: Sequence[Any]) -> Sequence[Any]:
         name = func._schema.name
@@ -165,7 +173,7 @@ class Trace:
 
     dtypes: set[torch.dtype] = field(default_factory=set)
     terms: float = 1.0
-    decisions: list[bool] = field(default_factory=list)  # its own, in order: had the operand been rounded?
+    decisions: list[bool] = field(default_factory=list)  # its own and norms, in order: had the value been rounded?
 
     def include(self, inner: Trace) -> None:
         """Add what a call inside this one did."""
@@ -203,6 +211,8 @@ class LowWatch(TorchDispatchMode):
         if is_decision(func, args):
             self.frames[-1].decisions.append(_is_rounded(args[0], self._low))
         result = func(*args, **kwargs)
+        if func._schema.name in _NORMS:
+            self.frames[-1].decisions.append(_is_rounded(result, self._low))
         if defect is not None:
             result = self._repair(defect, func, args, kwargs, result)
         first = result if isinstance(result, torch.Tensor) else _first_tensor(result)
