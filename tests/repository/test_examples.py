@@ -42,7 +42,7 @@ def test_quickstart_fails_in_the_true_modes_with_the_norm_to_blame() -> None:
     assert set(blamed) == {("norm1", "Norm")}, output
 
 
-@pytest.mark.parametrize(("name", "expected"), [("llama", {"passed": 4, "xfailed": 2}), ("bert", {"passed": 6})])
+@pytest.mark.parametrize(("name", "expected"), [("llama", {"passed": 4, "xfailed": 2}), ("gpt2", {"passed": 6})])
 def test_a_real_model_in_six_modes(name: str, expected: dict[str, int]) -> None:
     status, output = run("real_models", "--precision-matrix", "-k", f"-{name}- and holds")
     assert status == pytest.ExitCode.OK, output
@@ -53,7 +53,7 @@ def test_a_real_model_in_six_modes(name: str, expected: dict[str, int]) -> None:
 def test_all_real_models_in_six_modes() -> None:
     status, output = run("real_models", "--precision-matrix")
     assert status == pytest.ExitCode.OK, output
-    # Twelve models in six modes; three have a rotary table that the two true modes spoil, each looked at once more, and
-    # one of these does not run in double.
-    known = 3 * 2 + 1
-    assert outcomes(output) == {"passed": 12 * 6 - known + 3 * 2, "xfailed": known}, output
+    # Twelve models in six modes; three have a rotary table and two an embedding of few rows that the two true modes
+    # spoil, each looked at once more, and one does not run in double.
+    known = 3 * 2 + 2 * 2 + 1
+    assert outcomes(output) == {"passed": 12 * 6 - known + 5 * 2, "xfailed": known}, output

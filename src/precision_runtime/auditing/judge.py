@@ -42,9 +42,9 @@ FEW = 64  # elements; a spread over fewer is too uncertain after one run
 # Under autocast an FP32 island costs nothing, so a function this much steeper than its operands' rounding is a
 # finding there: every repaired or innocent module measured is at most 16.8, every steep defect at least 32.7.
 AMPLIFICATION = 24.0
-# A steep function is steep for the smallest disturbance, too; a decision that flips on a near tie is not. The excess has
-# passed, so the error is at most 4 times what disturbance explains: runs disturbed by u / 256 must (in the median) move
-# the result by a fourth of AMPLIFICATION. Healthy mixtures of experts: 2.3 to 3.0; a Gaussian process's solve: 17.
+# A steep function is steep for the smallest disturbance, too; a decision that flips on a near tie is not. The excess
+# has passed, so the error is at most 4 times what disturbance explains: runs disturbed by u / 256 must (in the median)
+# move the result by a fourth of AMPLIFICATION. Healthy mixtures of experts: 2.3 to 3.0; a Gaussian process: 17.
 NARROW = 1 / 256
 NARROW_SAMPLES = 4
 
