@@ -380,3 +380,55 @@ def test_a_gradient_that_is_exactly_zero_is_judged_by_the_terms_that_cancel(mode
     double(x.double()).square().sum().backward()
     assert double.k.bias.grad is not None
     assert float(double.k.bias.grad.abs().max()) < 1e-13
+
+
+class Force(nn.Module):
+    """The gradient of an energy: the code differentiates by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.energy = nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.requires_grad_() if x.is_leaf else x
+        energy = self.energy(torch.tanh(self.inner(x))).sum()
+        return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("mode", ["32-true", "16-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_code_that_differentiates_by_itself_is_judged_as_a_whole(mode: str, gradients: bool) -> None:
+    torch.manual_seed(0)
+    report = audit(Force(), torch.randn(4, 8), mode=mode, gradients=gradients)
+    assert report.ok, report
+    said = any("differentiates by itself" in remark.message for remark in report.remarks)
+    assert said is gradients
+
+
+def test_a_wrong_second_gradient_is_found_in_the_whole() -> None:
+    class Cubed(Force):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * (3000.0 * x) ** 2 / 9e6
+
+    torch.manual_seed(0)
+    report = audit(Cubed(), torch.randn(4, 8), mode="16-true")
+    assert {(f.kind, f.module) for f in report.findings} == {("range", "")}, report
+
+
+def test_the_rounding_of_a_norm_is_shared_by_its_row_and_no_finding() -> None:
+    class Sharp(nn.Module):
+        """Similarities of normalised rows over a temperature: each row's norm is rounded once, for all its columns."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(24, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            z = self.head(x)
+            z = z / z.norm(dim=-1, keepdim=True)
+            return torch.logsumexp((z @ z.T).float() / 0.05, -1)
+
+    torch.manual_seed(0)
+    a = torch.randn(32, 24)
+    report = audit(Sharp(), torch.cat([a, a + 0.5 * torch.randn(32, 24)]), mode="16-mixed", gradients=False)
+    assert report.ok, report

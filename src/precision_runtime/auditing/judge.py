@@ -234,6 +234,9 @@ class Judge:
         """The call beside its twin; its parameters' gradients beside the replay's, or (to screen) the whole run's."""
         sheet, step, scale = Sheet(), self.yardstick.step, self.low.scale
         sheet.add_outputs(call.outputs, twin.outputs, self.yardstick.own_u(call, "forward"), step)
+        if self.low.second_order:
+            self.remarks["", "backward"] = "the code differentiates by itself; gradients are judged for the whole only"
+            return sheet
         if call.name in self.low.leaky:
             self.remarks[call.name, "backward"] = (
                 "gradients pass from call to call through a cache; not judged backward"

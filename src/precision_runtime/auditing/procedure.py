@@ -33,6 +33,7 @@ from precision_runtime.formats import FORMATS
 from precision_runtime.modes import Mode, parse_mode
 from precision_runtime.record import Finding, Remark, Report
 from precision_runtime.strategies import Strategy, strategy_for
+from precision_runtime.tree import leaves, map_tensors
 
 # Loss scales in the order in which a dynamic scaler comes to them from GradScaler's start of 2^16, four halvings at a
 # time: which of them is the first that keeps gradients finite does not matter to within those 4 bits of range.
@@ -103,6 +104,8 @@ class _Trial:
         self.originals, self.references, self.name = originals, references, name
         self.limit = 2.0**budget
         self.roots = find_modules(function, args, kwargs)
+        if strategy.device.type != "cpu":
+            self.args, self.kwargs = map_tensors(lambda t: t.to(strategy.device), (args, kwargs))
         self.remarks: list[Remark] = []
 
     def report(self) -> Report:
@@ -177,28 +180,29 @@ class _Trial:
     # -- the runs ---------------------------------------------------------------------------------------------------
 
     def _low(self, worlds: Worlds) -> Run:
+        try:
+            return self._low_once(worlds)
+        except RuntimeError as error:
+            # Code that differentiates by itself (forces, penalties) does not run under no_grad.
+            if self.gradients or "does not require grad" not in str(error):
+                raise
+        worlds.grad = True
+        return self._low_once(worlds)
+
+    def _low_once(self, worlds: Worlds) -> Run:
         self._watch = LowWatch(getattr(torch, self.mode.compute))
-        gradients = self.gradients
-        for attempt in ("plain", "with gradients"):
-            # An autocast around the audit is none of the mode's.
-            with worlds.low(), torch.autocast(self.strategy.device.type, enabled=False), self._watch:
-                reseed(self.seed)
-                args, kwargs = cast_tree(clone((self.args, self.kwargs)), TO[getattr(torch, self.mode.params)])
-                recorder = Recorder(worlds.names, worlds, inputs=True, gradients=gradients, frames=self._watch.frames)
-                try:
-                    return execute(
-                        self.function, args, kwargs, recorder,
-                        cotangent=loss_gradient(self.seed) if gradients else None,
-                        parameters=self._parameters.values(),
-                        scales=SCALES if self.mode.scaled else SUM_SCALES if self.mode.low else (1.0,),
-                        forward_context=self._lane,
-                    )  # fmt: skip
-                except RuntimeError as error:
-                    # Code that differentiates by itself (forces, penalties) does not run under no_grad.
-                    if gradients or "does not require grad" not in str(error) or attempt != "plain":
-                        raise
-                    gradients = True
-        raise AssertionError("unreachable")
+        # An autocast around the audit is none of the mode's.
+        with worlds.low(), torch.autocast(self.strategy.device.type, enabled=False), self._watch:
+            reseed(self.seed)
+            args, kwargs = cast_tree(clone((self.args, self.kwargs)), TO[getattr(torch, self.mode.params)])
+            recorder = Recorder(worlds.names, worlds, inputs=True, gradients=self.gradients, frames=self._watch.frames)
+            return execute(
+                self.function, args, kwargs, recorder,
+                cotangent=loss_gradient(self.seed) if self.gradients else None,
+                parameters=self._parameters.values(),
+                scales=SCALES if self.mode.scaled else SUM_SCALES if self.mode.low else (1.0,),
+                forward_context=self._lane,
+            )  # fmt: skip
 
     @contextmanager
     def _lane(self) -> Iterator[None]:
@@ -222,7 +226,7 @@ class _Trial:
             args, kwargs = noise.inputs(inputs, self._exact) if noise else inputs
             skip = self.function if isinstance(self.function, nn.Module) else None
             recorder = Recorder(
-                worlds.names, worlds, outputs=noise is None, gradients=self._differentiate and noise is None,
+                worlds.names, worlds, outputs=noise is None, gradients=self.gradients and noise is None,
                 perturb=noise, skip=skip, alike=self._alike,
                 marks=mode.marks if noise else None, twins=self._calls if noise else (),
             )  # fmt: skip
@@ -235,14 +239,10 @@ class _Trial:
             with noisy_states(worlds.names.values() if noise else (), noise or Noise(0.0, 0, 0)):
                 run = execute(
                     self.function, args, kwargs, recorder,
-                    cotangent=incoming if self._differentiate else None,
+                    cotangent=incoming if self.gradients else None,
                     parameters=self._parameters.values(),
                 )  # fmt: skip
         return run, mode
-
-    @property
-    def _differentiate(self) -> bool:
-        return self.gradients
 
     def _reference(self, worlds: Worlds) -> Reference:
         inputs = widen_tree((self.args, self.kwargs))
@@ -251,8 +251,6 @@ class _Trial:
         )
         if found is not None:
             return found
-        from precision_runtime.tree import leaves
-
         run, mode = self._true(worlds)
         names = _parameter_names(worlds)
         entry = Reference(

@@ -95,18 +95,22 @@ class RandomState:
     """torch's, Python's and (where loaded) numpy's generators at one moment."""
 
     torch_cpu: torch.Tensor
+    torch_cuda: torch.Tensor | None
     python: Any
     numpy: Any
 
     @classmethod
     def capture(cls) -> RandomState:
-        """The state now; of torch's generators the CPU's (``seeded`` forks the others)."""
+        """The state now: torch's generator of the CPU and of the present CUDA device, Python's and numpy's."""
         np = sys.modules.get("numpy")
-        return cls(torch.get_rng_state(), random.getstate(), np.random.get_state() if np is not None else None)
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        return cls(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state() if np is not None else None)
 
     def restore(self) -> None:
         """Put every generator back."""
         torch.set_rng_state(self.torch_cpu)
+        if self.torch_cuda is not None:
+            torch.cuda.set_rng_state(self.torch_cuda)
         random.setstate(self.python)
         np = sys.modules.get("numpy")
         if np is not None and self.numpy is not None:

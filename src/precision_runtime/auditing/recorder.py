@@ -73,6 +73,7 @@ class Recorder:
             self._twins.setdefault(call.name, []).append(call)
         self.recomputed: set[str] = set()
         self.leaky: set[str] = set()
+        self.second_order = False  # whether the code itself differentiated during the forward pass
         self.inputs, self.outputs, self.gradients = inputs, outputs, gradients
         self.perturb, self.skip, self.frames = perturb, skip, frames
         self.calls: list[Call] = []
@@ -128,7 +129,7 @@ class Recorder:
         if self.gradients and torch.is_grad_enabled():
             if index > 0 and self._inherits((args, kwargs)):
                 self.leaky.add(call.name)
-            return _with_own_views((args, kwargs), call.input_grads)
+            return self._with_own_views((args, kwargs), call.input_grads)
         return None
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -158,7 +159,7 @@ class Recorder:
         elif self.outputs:
             call.outputs = [(path, t.detach().clone()) for path, t in leaves(output)]
         if self.gradients and torch.is_grad_enabled():
-            output = _with_own_views(output, call.output_grads)
+            output = self._with_own_views(output, call.output_grads)
             changed = True
         return output if changed else None
 
@@ -181,26 +182,27 @@ class Recorder:
 
         return map_tensors(disturb, output, objects=False)
 
+    def _with_own_views(self, value: Any, grads: dict[str, torch.Tensor]) -> Any:
+        """Replace each tensor that carries a gradient by a view of itself whose gradient lands in ``grads`` by path.
 
-def _with_own_views(value: Any, grads: dict[str, torch.Tensor]) -> Any:
-    """Replace each tensor that carries a gradient by a view of itself whose gradient lands in ``grads`` by path.
+        A tensor used in two places has one gradient, the sum; its views have one each.
+        """
+        paths = {id(t): path for path, t in leaves(value, objects=False)}
 
-    A tensor used in two places has one gradient, the sum; its views have one each.
-    """
-    paths = {id(t): path for path, t in leaves(value, objects=False)}
+        def view(t: torch.Tensor) -> torch.Tensor:
+            if not t.requires_grad or not (t.is_floating_point() or t.is_complex()) or t.layout is not torch.strided:
+                return t
+            if t.is_nested:
+                return t
+            own = t.view_as(t)
+            path = paths.get(id(t), "")
 
-    def view(t: torch.Tensor) -> torch.Tensor:
-        if not t.requires_grad or not (t.is_floating_point() or t.is_complex()) or t.layout is not torch.strided:
-            return t
-        if t.is_nested:
-            return t
-        own = t.view_as(t)
-        path = paths.get(id(t), "")
+            def keep(grad: torch.Tensor) -> None:
+                if self.active:
+                    self.second_order = True
+                grads[path] = grad.detach().clone()
 
-        def keep(grad: torch.Tensor) -> None:
-            grads[path] = grad.detach().clone()
+            own.register_hook(keep)
+            return own
 
-        own.register_hook(keep)
-        return own
-
-    return map_tensors(view, value, objects=False)
+        return map_tensors(view, value, objects=False)

@@ -27,6 +27,7 @@ class Run:
     differentiable: bool = False
     recomputed: frozenset[str] = frozenset()  # modules that ran again during backward
     leaky: frozenset[str] = frozenset()  # modules whose earlier calls get a gradient through a cache
+    second_order: bool = False  # the code differentiates by itself: borders see gradients of two orders
 
 
 def execute(
@@ -58,7 +59,7 @@ def execute(
         sources.append((paths[id(t)], new))
         return new.clone()  # not a leaf, so that in-place code still works
 
-    grad = cotangent is not None
+    grad = cotangent is not None or recorder.worlds.grad
     with torch.set_grad_enabled(grad):
         args, kwargs = map_tensors(leaf, (tuple(args), dict(kwargs)))
     try:
@@ -109,6 +110,7 @@ def differentiate(
         if all(bool(torch.isfinite(g).all()) for g in found if g is not None):
             break
     run.recomputed, run.leaky = frozenset(recorder.recomputed), frozenset(recorder.leaky)
+    run.second_order = recorder.second_order
     for (path, _), g in zip(sources, found[: len(sources)], strict=True):
         if g is not None:
             run.input_grads[path] = g.detach().clone()

@@ -97,6 +97,7 @@ class Worlds:
     """The modules of one audited function, with their state before the audit, in the mode, and in FP64."""
 
     def __init__(self, roots: Mapping[str, nn.Module], originals: Originals) -> None:
+        self.grad = False  # whether the code differentiates by itself, so that it cannot run under no_grad
         self.names: dict[str, nn.Module] = {}
         seen: set[int] = set()
         for root_name, root in roots.items():
