@@ -44,7 +44,7 @@ def test_quickstart_fails_in_the_true_modes_with_the_norm_to_blame() -> None:
 
 @pytest.mark.parametrize(("name", "expected"), [("llama", {"passed": 4, "xfailed": 2}), ("gpt2", {"passed": 6})])
 def test_a_real_model_in_six_modes(name: str, expected: dict[str, int]) -> None:
-    status, output = run("real_models", "--precision-matrix", "-k", f"-{name}- and holds")
+    status, output = run("real_models", "--precision-matrix", "-k", f"holds and {name}-")
     assert status == pytest.ExitCode.OK, output
     assert outcomes(output) == expected, output
 

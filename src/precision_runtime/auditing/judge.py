@@ -10,24 +10,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from precision_runtime import forwarding
 from precision_runtime.auditing.calls import anchored, covers, is_wrapper, match
-from precision_runtime.auditing.dispatch import TrueDouble, plain_double
 from precision_runtime.auditing.excess import Judgement
 from precision_runtime.auditing.failing import first_line
-from precision_runtime.auditing.noise import Exact, Noise
-from precision_runtime.auditing.recorder import Call, Recorder
-from precision_runtime.auditing.recurrent import noisy_states
+from precision_runtime.auditing.recorder import Call
 from precision_runtime.auditing.references import Sample
-from precision_runtime.auditing.runs import Run, execute
-from precision_runtime.auditing.sheet import WIDE, Sheet, Site, Verdict, input_name, sample_of, values
-from precision_runtime.auditing.worlds import Worlds, widen, widen_tree
-from precision_runtime.tree import map_tensors
+from precision_runtime.auditing.replays import Replays, Yardstick
+from precision_runtime.auditing.runs import Run
+from precision_runtime.auditing.sheet import WIDE, Sheet, Site, Verdict, input_name, values
+from precision_runtime.auditing.worlds import Worlds
 
 # Perturbed runs: one where the answer is clear (the rms over many elements is as good from one run as from many), more
 # before anything is called a failure.
@@ -51,21 +45,6 @@ NARROW_SAMPLES = 4
 Sampler = Callable[[int, float], Sample]  # the n-th perturbed run, disturbed by so many u
 
 
-@dataclass
-class Yardstick:
-    """What the mode may lose: unit roundoff, subnormal step, the limit on excess, and whether islands are free."""
-
-    u: float
-    step: float
-    limit: float
-    mixed: bool
-    seed: int
-    own_u: Callable[[Call | None, str], float]
-    exact: Exact
-    alike: frozenset[str]  # modules that run again during backward
-    tables: bool  # whether buffers, too, are operands that the mode rounds
-
-
 class Judge:
     """Walks the calls of a low-precision run and collects verdicts (see the module's docstring)."""
 
@@ -73,11 +52,9 @@ class Judge:
         self.worlds, self.low, self.yardstick = worlds, low, yardstick
         self.verdicts: list[Verdict] = []
         self.remarks: dict[tuple[str, str], str] = {}
-        self.fallbacks: set[str] = set()
-        self.replays: dict[int, Sheet] = {}
+        self.replays = Replays(worlds, low, yardstick)
         self.cover: Call | None = None  # the call that is the whole function
         self.true_grads = true_grads  # of the whole reference, by id of the low run's parameter
-        self._owned = self._single_use_parameters()
 
     # -- the walk ---------------------------------------------------------------------------------------------------
 
@@ -106,14 +83,13 @@ class Judge:
 
             judged = self.decide(sheet, within, failed)
             return failed | self._note(call, judged, sheet, failed, within)
-        replay = self._replay(call)
+        replay = self.replays.true(call)
         if replay is None:
             return self._visit_all(call.children, twins, enclosing)
         root = replay.calls[0]
         inner = match(call.subtree()[1:], replay.calls[1:])
         sheet = self._sheet(call, root, replay)
-        self.replays[id(call)] = sheet
-        sampler = functools.lru_cache(None)(functools.partial(self._sample_call, call))
+        sampler = functools.lru_cache(None)(functools.partial(self.replays.sample, call))
         failed = self._visit_all(call.children, inner, sampler)
         for sentence in sheet.apart:
             self.remarks.setdefault((call.name, "shape"), f"shape depends on values: {sentence}; not judged")
@@ -247,64 +223,15 @@ class Judge:
         for path, low in call.input_grads.items():
             sheet.add_gradient(input_name(path), low, inputs.get(path), back, step, scale)
         true = self.true_grads if replay is None else replay.parameter_grads
-        for key, name in self._owned.get(id(call), {}).items() if call.output_grads else ():
+        for key, name in self.replays.owned.get(id(call), {}).items() if call.output_grads else ():
             sheet.add_gradient(name, self.low.parameter_grads.get(key), true.get(key), back, step, scale)
         return sheet
 
-    def _single_use_parameters(self) -> dict[int, dict[int, str]]:
-        """Parameters by the one call that uses them: {id(call): {id(parameter): name}}. Tied ones are left out."""
-        calls: dict[int, list[Call]] = {}
-        for call in self.low.calls:
-            calls.setdefault(id(call.module), []).append(call)
-        owners: dict[int, set[int]] = {}
-        names: dict[int, str] = {}
-        where: dict[int, Call] = {}
-        by_path = dict(self.worlds.names.items())
-        for path, module in by_path.items():
-            for name, p in module._parameters.items():
-                if p is None:
-                    continue
-                holder, full = path, name
-                while id(by_path.get(holder)) not in calls and holder:
-                    holder, _, last = holder.rpartition(".")
-                    full = f"{last}.{full}"
-                users = calls.get(id(by_path.get(holder)), [])
-                owners.setdefault(id(p), set()).update(id(c) for c in users)
-                names[id(p)] = full
-                if len(users) == 1:
-                    where[id(p)] = users[0]
-        out: dict[int, dict[int, str]] = {}
-        for key, ids in owners.items():
-            if len(ids) == 1 and key in where:
-                out.setdefault(id(where[key]), {})[key] = names[key]
-        return out
-
-    # -- replays ----------------------------------------------------------------------------------------------------
-
-    def _replay(self, call: Call, buffers: dict[tuple[int, str], torch.Tensor] | None = None) -> Run | None:
-        """Run the call's module in FP64 on the call's actual inputs and incoming gradient."""
-        try:
-            with self.worlds.true(state=call.state, buffers=buffers), plain_double(), TrueDouble() as mode:
-                assert call.rng is not None
-                call.rng.restore()
-                args, kwargs = widen_tree((call.args, call.kwargs))
-                recorder = Recorder(self._parts(call), self.worlds, gradients=bool(call.output_grads))
-                run = execute(
-                    call.module, args, kwargs, recorder,
-                    cotangent=self._incoming(call), parameters=call.module.parameters(),
-                )  # fmt: skip
-            self.fallbacks |= mode.fallbacks
-        except Exception as error:
-            self.remarks[call.name, "replay"] = (
-                f"this call could not be replayed in FP64 on its own inputs ({type(error).__name__}: "
-                f"{first_line(error)}); judged within its caller"
-            )
-            return None
-        return run if run.calls else None
+    # -- for explanations -------------------------------------------------------------------------------------------
 
     def replay_with(self, call: Call, buffers: dict[tuple[int, str], torch.Tensor]) -> dict[Site, Judgement] | None:
         """The call's forward judgements when the reference, too, uses the given buffers (bounds, no samples)."""
-        run = self._replay(call, buffers)
+        run = self.replays.true(call, buffers)
         if run is None:
             return None
         sheet = self._sheet(call, run.calls[0], run)
@@ -315,74 +242,11 @@ class Judge:
 
         ``round_back`` rounds the results to the dtypes that they had, as an FP32 island in the mode would.
         """
-        assert call.rng is not None
-        single = {k: _single(t) for k, t in self.worlds.true_parameters.items()}
-        buffers = {k: _single(t) for k, t in self.worlds.true_buffers.items()}
-        try:
-            with self.worlds.true(parameters=single, buffers=buffers, state=call.state), forwarding.suspended():
-                call.rng.restore()
-                args, kwargs = map_tensors(_single, widen_tree((call.args, call.kwargs)))
-                run = execute(call.module, args, kwargs, Recorder({}, self.worlds))
-            true = self._replay(call)
-        except Exception:
-            return None
-        if true is None:
+        run, true = self.replays.single(call), self.replays.true(call)
+        if run is None or true is None:
             return None
         had = {path: t.dtype for path, t in call.outputs}
         results = [(p, t.to(had[p]) if round_back and p in had else t) for p, t in run.outputs]
         sheet = Sheet()
         sheet.add_outputs(results, true.calls[0].outputs, self.yardstick.own_u(call, "forward"), self.yardstick.step)
         return max((j.score for j in sheet.judge(self.yardstick.limit).values()), default=None)
-
-    def _sample_call(self, call: Call, number: int, width: float) -> Sample:
-        noise = Noise(width * self.yardstick.own_u(call, "forward"), self.yardstick.seed, number)
-        used = {id(p) for p in call.module.parameters()}
-        disturbed = noise.parameters(self.worlds.true_parameters, used)
-        tables = {k: b for k, b in self.worlds.true_buffers.items() if k[0] in {id(m) for m in call.module.modules()}}
-        buffers = noise.buffers(tables) if self.yardstick.tables else None
-        with (
-            self.worlds.true(parameters=disturbed, buffers=buffers, state=call.state),
-            plain_double(),
-            TrueDouble(noise) as mode,
-        ):
-            assert call.rng is not None
-            call.rng.restore()
-            args, kwargs = noise.inputs(widen_tree((call.args, call.kwargs)), self.yardstick.exact)
-            parts = self._parts(call)
-            recorder = Recorder(
-                parts, self.worlds, outputs=False, perturb=noise, skip=call.module, alike=self.yardstick.alike,
-                marks=mode.marks, twins=call.subtree(),
-            )  # fmt: skip
-            with noisy_states(parts.values(), noise):
-                run = execute(
-                    call.module, args, kwargs, recorder,
-                    cotangent=self._incoming(call, noise), parameters=call.module.parameters(),
-                )  # fmt: skip
-        names = self._owned.get(id(call), {})
-        return sample_of(run, dict(names.items()))
-
-    def _incoming(
-        self, call: Call, noise: Noise | None = None
-    ) -> Callable[[str, torch.Tensor], torch.Tensor | None] | None:
-        if not call.output_grads:
-            return None
-        scale = self.low.scale
-
-        def cotangent(path: str, output: torch.Tensor) -> torch.Tensor | None:
-            grad = call.output_grads.get(path)
-            if grad is None or grad.shape != output.shape:
-                return None
-            grad = widen(grad) / scale
-            return noise(grad) if noise is not None else grad
-
-        return cotangent
-
-    def _parts(self, call: Call) -> dict[str, nn.Module]:
-        """The call's module and what is inside it, by the names of the whole function."""
-        inside = {id(m) for m in call.module.modules()} | {id(c.module) for c in call.subtree()}
-        return {n: m for n, m in self.worlds.names.items() if id(m) in inside}
-
-
-def _single(t: torch.Tensor) -> torch.Tensor:
-    """FP64 becomes FP32; everything else is as it was."""
-    return t.to({torch.float64: torch.float32, torch.complex128: torch.complex64}.get(t.dtype, t.dtype))

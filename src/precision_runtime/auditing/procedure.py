@@ -16,13 +16,14 @@ from precision_runtime.auditing.blame import findings_of
 from precision_runtime.auditing.discover import find_modules, name_of
 from precision_runtime.auditing.dispatch import LowWatch, Trace, TrueDouble, plain_double
 from precision_runtime.auditing.failing import error_finding, user_line
-from precision_runtime.auditing.judge import Judge, Yardstick
+from precision_runtime.auditing.judge import Judge
 from precision_runtime.auditing.noise import Exact, Noise
 from precision_runtime.auditing.originals import Originals
 from precision_runtime.auditing.randomness import reseed, seeded
 from precision_runtime.auditing.recorder import Call, Recorder
 from precision_runtime.auditing.recurrent import noisy_states
 from precision_runtime.auditing.references import Reference, References, Sample
+from precision_runtime.auditing.replays import Yardstick
 from precision_runtime.auditing.runs import Run, execute, loss_gradient
 from precision_runtime.auditing.sheet import Sheet, input_name, sample_of
 from precision_runtime.auditing.worlds import Worlds, clone, widen_tree
@@ -135,6 +136,7 @@ class _Trial:
         findings = [*self._not_applied(low), *findings]
         self.remarks += remarks
         self.remarks += [Remark("not-judged", text, module) for (module, _), text in judge.remarks.items()]
+        self.remarks += [Remark("not-judged", text, module) for module, text in judge.replays.failed.items()]
         self.remarks += [
             Remark(
                 "known-defect",
@@ -144,7 +146,7 @@ class _Trial:
             )
             for d, factor in self._watch.defects.values()
         ]  # fmt: skip
-        fallbacks = reference.fallbacks | judge.fallbacks
+        fallbacks = reference.fallbacks | judge.replays.fallbacks
         if fallbacks:
             self.remarks.append(
                 Remark(
