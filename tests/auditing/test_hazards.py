@@ -432,3 +432,21 @@ def test_the_rounding_of_a_norm_is_shared_by_its_row_and_no_finding() -> None:
     a = torch.randn(32, 24)
     report = audit(Sharp(), torch.cat([a, a + 0.5 * torch.randn(32, 24)]), mode="16-mixed", gradients=False)
     assert report.ok, report
+
+
+def test_a_gradient_out_of_range_that_reaches_nothing_is_a_remark_and_no_figure() -> None:
+    class Padded(nn.Module):
+        """The row of the padding token is zero; a norm with a small eps makes its gradient huge, and it is dropped."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(12, 16, padding_idx=0)
+            self.norm = nn.RMSNorm(16, eps=1e-10)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.table(ids)) * 4.0
+
+    report = audit(Padded(), torch.tensor([[0, 3, 5, 7], [0, 0, 2, 1]]), mode="16-true")
+    assert report.ok, report
+    assert report.lost_bits < 2, report
+    assert "harmless-range" in {remark.kind for remark in report.remarks}, report

@@ -155,7 +155,8 @@ class _Trial:
             )
         whole = max((v.score for v in judge.verdicts if v.call is None), default=0.0)
         # Only measured figures: a call that passed on its bound has lost less than the budget, nobody knows how much.
-        scores = [v.measured for v in judge.verdicts] + [whole] + [f.excess for f in findings]
+        # What failed counts through its finding, or not at all where it turned out to be harmless.
+        scores = [v.measured for v in judge.verdicts if not v.failed] + [whole] + [f.excess for f in findings]
         return Report(
             subject=self.name,
             mode=self.mode.name,
