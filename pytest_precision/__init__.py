@@ -1,1 +1,3 @@
-"""A pytest plugin that runs tests in several precisions and judges them against FP64. See ``plugin`` for the hooks."""
+"""A pytest plugin that judges numerical trust in low precision; ``plugin`` is the entry point."""
+
+FIXTURE = "precision_ctx"  # the fixture's name, here so that imports run in one direction

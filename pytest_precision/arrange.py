@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from pytest_precision import FIXTURE
 from pytest_precision.lanes import NO_LANE, Lane
-from pytest_precision.plugin import FIXTURE
 
 
 class PrecisionWarning(pytest.PytestWarning):

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_precision import FIXTURE
 from pytest_precision.lanes import Lane, parse_selection
 from pytest_precision.marker import parse_mark
 from pytest_precision.matrix import matrix_of
 from pytest_precision.outcome import Outcome, outcome_of, start
-from pytest_precision.plugin import FIXTURE
 from pytest_precision.problems import Problems
 from pytest_precision.references import references_of
 from pytest_precision.settings import settings_of

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from precision_runtime.modes import MODES
+from pytest_precision import FIXTURE
 from pytest_precision.lanes import AUTO, NO_LANE, Lane
 from pytest_precision.machine import Machine
 from pytest_precision.marker import Marked, parse_mark
-from pytest_precision.plugin import FIXTURE
 from pytest_precision.problems import Problems
 from pytest_precision.settings import Settings, settings_of
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_precision import FIXTURE
+
 if TYPE_CHECKING:
     from pytest_precision.context import PrecisionContext
-
-FIXTURE = "precision_ctx"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
