@@ -51,7 +51,7 @@ class Sheet:
     def judge(self, limit: float, samples: Sequence[Sample] = (), wide: Sequence[Sample] = ()) -> dict[Site, Judgement]:
         """Judge every pair with the perturbed runs given; worst elements are looked for above ``limit`` only."""
         return {
-            site: entry.judge(values(samples, site, entry), values(wide, site, entry), WIDE, locate=limit)
+            site: entry.judge(values(samples, site, entry), values(wide, site, entry), WIDE, limit, quick=True)
             for site, entry in self.pairs.items()
         }
 
