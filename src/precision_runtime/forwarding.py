@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 from types import MethodType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -60,6 +60,9 @@ class PatchedForward:
             self.module.__dict__["forward"] = self.own
 
 
+Patch = TypeVar("Patch", bound=PatchedForward)
+
+
 class SetUpForward(PatchedForward):
     """The forward of a set-up module: inputs cast, forward run in the mode, outputs cast."""
 
@@ -106,12 +109,12 @@ def check(module: nn.Module, strategy: Strategy) -> None:
 
 def is_set_up(module: nn.Module) -> bool:
     """Whether ``module`` itself (not only a part of it) has been set up."""
-    return _patch(module) is not None
+    return patch_of(module, SetUpForward) is not None
 
 
 def strategy_of(module: nn.Module) -> Strategy:
     """The strategy that ``module`` was set up with; raises ``ConfigurationError`` where it was not."""
-    patch = _patch(module)
+    patch = patch_of(module, SetUpForward)
     if patch is None:
         raise ConfigurationError(f"{type(module).__name__} has not been set up in any precision mode")
     return patch.strategy
@@ -125,10 +128,11 @@ def restore(module: nn.Module) -> nn.Module:
     return module
 
 
-def _patch(module: nn.Module) -> SetUpForward | None:
+def patch_of(module: nn.Module, kind: type[Patch]) -> Patch | None:
+    """The patch of this kind among those that stand on ``module``'s forward, or None."""
     patch = module.__dict__.get("forward")
     while isinstance(patch, PatchedForward):
-        if isinstance(patch, SetUpForward):
+        if isinstance(patch, kind):
             return patch
         patch = patch.own
     return None

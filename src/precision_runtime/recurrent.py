@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from precision_runtime.forwarding import PatchedForward
+from precision_runtime.forwarding import PatchedForward, patch_of
 
 
 class LSTMForward(PatchedForward):
@@ -35,14 +35,5 @@ class LSTMForward(PatchedForward):
 def protect(module: nn.Module) -> None:
     """Patch every nn.LSTM in ``module`` once. ``forwarding.restore`` takes the patch away."""
     for part in module.modules():
-        if isinstance(part, nn.LSTM) and not _protected(part):
+        if isinstance(part, nn.LSTM) and patch_of(part, LSTMForward) is None:
             LSTMForward(part)
-
-
-def _protected(module: nn.Module) -> bool:
-    patch = module.__dict__.get("forward")
-    while isinstance(patch, PatchedForward):
-        if isinstance(patch, LSTMForward):
-            return True
-        patch = patch.own
-    return False
