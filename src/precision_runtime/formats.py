@@ -13,8 +13,8 @@ from types import MappingProxyType
 class Format:
     """A binary floating-point format with gradual underflow.
 
-    ``name`` is torch's dtype name, ``precision`` the significand's bits with the implicit one, ``emax`` the largest
-    exponent of a finite value; the smallest exponent of a normal value is ``1 - emax``.
+    ``name`` is torch's dtype name where torch has one, ``precision`` the significand's bits with the implicit one,
+    ``emax`` the largest exponent of a finite value; the smallest exponent of a normal value is ``1 - emax``.
     """
 
     name: str

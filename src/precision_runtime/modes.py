@@ -13,7 +13,7 @@ from typing import Literal
 from precision_runtime.errors import unknown_names
 from precision_runtime.formats import FORMATS, Format
 
-Family = Literal["full", "true", "mixed"]
+Family = Literal["full", "true", "mixed", "tf32", "quantized", "float8", "apex"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Mode:
 
     ``params`` is the dtype name that parameters, buffers and inputs are kept in, ``compute`` the dtype of the bulk of
     the arithmetic, ``autocast`` says whether torch's autocast chooses op by op, ``scaled`` whether the loss is scaled.
+    ``products`` is the format that the operands of the mode's special layers or products are rounded to, where that is
+    not ``compute`` (FP8, TF32); ``weights`` the format that weights of swapped layers are stored in (bitsandbytes).
     """
 
     name: str
@@ -30,10 +32,12 @@ class Mode:
     compute: str
     autocast: bool = False
     scaled: bool = False
+    products: str = ""
+    weights: str = ""
 
     @property
     def format(self) -> Format:
-        """The format of the mode's arithmetic."""
+        """The format of the mode's arithmetic, outside special layers and products."""
         return FORMATS[self.compute]
 
     @property
@@ -55,6 +59,19 @@ MODES = MappingProxyType(
             Mode("bf16-true", "true", "bfloat16", "bfloat16"),
             Mode("16-mixed", "mixed", "float32", "float16", autocast=True, scaled=True),
             Mode("bf16-mixed", "mixed", "float32", "bfloat16", autocast=True),
+            Mode("tf32", "tf32", "float32", "float32", products="tf32"),
+            Mode("transformer-engine", "float8", "bfloat16", "bfloat16", products="float8_e4m3fn"),
+            Mode("transformer-engine-float16", "float8", "float16", "float16", products="float8_e4m3fn"),
+            Mode("nf4", "quantized", "bfloat16", "bfloat16", weights="nf4"),
+            Mode("nf4-dq", "quantized", "bfloat16", "bfloat16", weights="nf4-dq"),
+            Mode("fp4", "quantized", "bfloat16", "bfloat16", weights="fp4"),
+            Mode("fp4-dq", "quantized", "bfloat16", "bfloat16", weights="fp4-dq"),
+            Mode("int8", "quantized", "bfloat16", "bfloat16", weights="int8"),
+            Mode("int8-training", "quantized", "bfloat16", "bfloat16", weights="int8-training"),
+            Mode("apex-O0", "apex", "float32", "float32"),
+            Mode("apex-O1", "apex", "float32", "float16", autocast=True, scaled=True),
+            Mode("apex-O2", "apex", "float16", "float16", scaled=True),
+            Mode("apex-O3", "apex", "float16", "float16"),
         )
     }
 )
@@ -75,6 +92,9 @@ GROUPS = MappingProxyType(
         "true": ("16-true", "bf16-true"),
         "mixed": ("16-mixed", "bf16-mixed"),
         "half": ("16-true", "bf16-true", "16-mixed", "bf16-mixed"),
+        "fp8": ("transformer-engine", "transformer-engine-float16"),
+        "quantized": ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int8-training"),
+        "apex": ("apex-O0", "apex-O1", "apex-O2", "apex-O3"),
         "all": tuple(MODES),
     }
 )

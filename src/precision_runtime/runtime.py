@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
@@ -18,6 +18,7 @@ from precision_runtime.capability import support
 from precision_runtime.casting import HALF_TO_SINGLE
 from precision_runtime.errors import ConfigurationError, PrecisionError, UnsupportedError
 from precision_runtime.modes import Mode, parse_mode
+from precision_runtime.options import Options, mode_of, names_of, with_dtypes
 from precision_runtime.scaling import NullScaler, Scaler, scaler_from
 from precision_runtime.strategies import Strategy, strategy_for
 
@@ -42,15 +43,31 @@ class PrecisionRuntime:
     """Runs models in a precision mode on an accelerator.
 
     ``scaler`` replaces the default loss scaler in a mode that scales its loss: a ``scaling.DynamicScaler`` or a
-    ``torch.amp.GradScaler``. Attributes: ``mode``, ``device``, ``strategy``, ``scaler``, ``support``.
+    ``torch.amp.GradScaler``. ``ignore_modules``: exact names or globs of layers that quantised and FP8 modes leave as
+    they are, with everything inside them. ``compute_dtype``: what bitsandbytes layers compute in, bfloat16 where not
+    given. ``weights_dtype``, ``recipe``: transformer-engine's. ``amp_backend="apex", amp_level="O2"`` is the mode
+    apex-O2. Attributes: ``mode``, ``device``, ``strategy``, ``scaler``, ``support``.
 
     Raises ``UnknownNameError`` for an unknown mode or accelerator, ``UnsupportedError`` with the reason where this
     machine cannot run the mode, ``ConfigurationError`` for arguments that the mode cannot use. A mode is never turned
     into another.
     """
 
-    def __init__(self, mode: object = "32-true", accelerator: object = "auto", scaler: object = None) -> None:
-        self.mode: Mode = parse_mode(mode)
+    def __init__(
+        self,
+        mode: object = None,
+        accelerator: object = "auto",
+        scaler: object = None,
+        *,
+        ignore_modules: str | Iterable[str] = (),
+        compute_dtype: object = None,
+        weights_dtype: object = None,
+        recipe: object = None,
+        amp_backend: object = None,
+        amp_level: object = None,
+    ) -> None:
+        self.mode: Mode = with_dtypes(mode_of(mode, amp_backend, amp_level), compute_dtype, weights_dtype)
+        options = Options(names_of(ignore_modules, "ignore_modules"), recipe)
         self.device: torch.device = resolve(accelerator)
         self.support = support(self.mode, self.device)
         if not self.support.ok:
@@ -61,7 +78,7 @@ class PrecisionRuntime:
                 "leave it out, or use 16-mixed"
             )
         self.scaler: Scaler = scaler_from(scaler) if self.mode.scaled else NullScaler()
-        self.strategy: Strategy = strategy_for(self.mode, self.device)
+        self.strategy: Strategy = strategy_for(self.mode, self.device, options)
         self._models: list[weakref.ref[nn.Module]] = []
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 

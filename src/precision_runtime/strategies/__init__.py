@@ -7,6 +7,7 @@ from types import MappingProxyType
 import torch
 
 from precision_runtime.modes import Mode
+from precision_runtime.options import Options
 from precision_runtime.strategies.base import Strategy
 from precision_runtime.strategies.full import FullStrategy
 from precision_runtime.strategies.half import HalfStrategy
@@ -17,6 +18,6 @@ _FAMILIES = MappingProxyType({"full": FullStrategy, "true": HalfStrategy, "mixed
 __all__ = ["Strategy", "strategy_for"]
 
 
-def strategy_for(mode: Mode, device: torch.device) -> Strategy:
-    """The strategy that runs ``mode`` on ``device``. Strategies are values: equal for an equal mode and device."""
-    return _FAMILIES[mode.family](mode, torch.device(device))
+def strategy_for(mode: Mode, device: torch.device, options: Options | None = None) -> Strategy:
+    """The strategy that runs ``mode`` on ``device``. Strategies are values: equal for equal arguments."""
+    return _FAMILIES[mode.family](mode, torch.device(device), options or Options())

@@ -14,6 +14,7 @@ from torch import nn
 from precision_runtime.building import Building
 from precision_runtime.casting import NOTHING, TO, CastTable, cast_call, cast_module, cast_tree
 from precision_runtime.modes import Mode
+from precision_runtime.options import Options
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Strategy:
 
     mode: Mode
     device: torch.device
+    options: Options = field(default_factory=Options)
     dtype: torch.dtype = field(init=False, repr=False, compare=False)  # of parameters
     compute: torch.dtype = field(init=False, repr=False, compare=False)  # of the bulk of the arithmetic
     module_table: CastTable = field(init=False, repr=False, compare=False)
@@ -35,7 +37,7 @@ class Strategy:
     default_outputs: ClassVar[bool] = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.mode, self.device)  # what was computed from them is computed again
+        return type(self), (self.mode, self.device, self.options)  # what was computed from them is computed again
 
     def __deepcopy__(self, memo: object) -> Strategy:
         return self
@@ -53,8 +55,8 @@ class Strategy:
     def convert(self, module: nn.Module) -> nn.Module:
         """Cast ``module`` in place and return it.
 
-        Changes only ``param.data``, entries of ``_parameters``, ``_buffers`` and ``_modules``, and instance attributes,
-        so whoever keeps those can put everything back.
+        Changes only ``param.data``, entries of ``_parameters``, ``_buffers`` and ``_modules``, instance attributes and
+        the class of a module, so whoever keeps those can put everything back.
         """
         return cast_module(module, self.module_table)
 
