@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from precision_runtime import MODES, audit
+from precision_runtime import audit, parse_mode
 from precision_runtime.auditing import References
 
+NATIVE = ("32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed")
 WANTED = {"audit bf16-true": 8.0, "audit bf16-mixed": 8.0, "six modes / one mode": 4.0}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -49,17 +50,17 @@ def main() -> int:
 
     reference = copy.deepcopy(model).double()
     # The plain runs are part of every audit; here they are timed so that they can be taken away again.
-    plain = {name: low_run(model, name) for name in MODES}
+    plain = {name: low_run(model, name) for name in NATIVE}
     measures: dict[str, Callable[[], object]] = {
         "FP64 forward": lambda: forward(reference, ids),
         "audit bf16-true": lambda: audit_in("bf16-true"),
         "audit bf16-mixed": lambda: audit_in("bf16-mixed"),
-        "six modes": lambda: audit_in(*MODES),
+        "six modes": lambda: audit_in(*NATIVE),
         **{f"plain {name}": (lambda run=run: run(ids)) for name, run in plain.items()},
     }
     seconds = interleaved(measures, options.repeat)
     one = seconds["FP64 forward"]
-    all_plain = sum(seconds[f"plain {name}"] for name in MODES)
+    all_plain = sum(seconds[f"plain {name}"] for name in NATIVE)
     ratios = {
         "audit bf16-true": seconds["audit bf16-true"] / one,
         "audit bf16-mixed": seconds["audit bf16-mixed"] / one,
@@ -83,7 +84,7 @@ def forward(model: Any, ids: torch.Tensor) -> object:
 
 def low_run(model: Any, name: str) -> Callable[[torch.Tensor], object]:
     """Return a function that runs a copy of the model as the mode does, without any judging."""
-    mode = MODES[name]
+    mode = parse_mode(name)
     cast = copy.deepcopy(model).to(DTYPES[mode.params])
 
     def run(ids: torch.Tensor) -> object:

@@ -450,3 +450,50 @@ def test_a_gradient_out_of_range_that_reaches_nothing_is_a_remark_and_no_figure(
     assert report.ok, report
     assert report.lost_bits < 2, report
     assert "harmless-range" in {remark.kind for remark in report.remarks}, report
+
+
+class Unstable(nn.Module):
+    """Forms a small difference of large squares."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * x).mean(-1, keepdim=True) - x.mean(-1, keepdim=True) ** 2 + 0.0 * x
+
+
+class WritesResult(nn.Module):
+    """Overwrites in place what a call inside has returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.variance = Unstable()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.variance(x + 10)
+        y.clamp_(max=-100.0)  # nothing of the call's result is left
+        return y
+
+
+class Memory(nn.Module):
+    """Returns an attribute that the next call, and whoever puts attributes back, writes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = torch.zeros(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.state += x.mean(0)
+        return self.state
+
+
+def test_a_result_that_its_caller_overwrites_is_judged_as_it_came_out() -> None:
+    torch.manual_seed(0)
+    report = audit(WritesResult(), torch.randn(64, 32), mode="bf16-true", gradients=False)
+    assert [f.module for f in report.findings] == ["variance"]
+
+
+@pytest.mark.parametrize("mode", ["32-true", "bf16-true", "16-mixed"])
+def test_a_result_that_is_an_attribute_keeps_its_value_in_the_reference(mode: str) -> None:
+    torch.manual_seed(0)
+    memory = Memory()
+    report = audit(lambda x: memory(x) + memory(x), torch.randn(16, 8), mode=mode, gradients=False)
+    assert report.ok, str(report)
+    assert report.calls == 2

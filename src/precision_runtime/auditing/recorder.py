@@ -81,6 +81,7 @@ class Recorder:
         self._open: list[Call] = []
         self._counts: dict[int, int] = {}
         self._ends = 0
+        self._versions: list[tuple[Call, list[int]]] = []
         self._handles: list[Any] = []
         self._names = {id(m): n for n, m in modules.items()}
         self._parts = {id(m): list(m.modules()) for m in modules.values()} if inputs else {}
@@ -94,6 +95,7 @@ class Recorder:
     def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
+        self._drop_overwritten()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch._C._DisableTorchDispatch():  # copies made here are no ops of the judged code
@@ -157,11 +159,27 @@ class Recorder:
             output = self._disturbed(module, output)
             changed = True
         elif self.outputs:
-            call.outputs = [(path, t.detach().clone()) for path, t in leaves(output)]
+            call.outputs = self._results(call, output)
         if self.gradients and torch.is_grad_enabled():
             output = self._with_own_views(output, call.output_grads)
             changed = True
         return output if changed else None
+
+    def _results(self, call: Call, output: Any) -> list[tuple[str, torch.Tensor]]:
+        found = [(path, t.detach()) for path, t in leaves(output)]
+        if self.inputs or any(t.is_inference() or self.worlds.is_state(t) for _, t in found):
+            return [(path, t.clone()) for path, t in found]  # the judged run, and what is written to behind its back
+        self._versions.append((call, [t._version for _, t in found]))
+        return found
+
+    def _drop_overwritten(self) -> None:
+        """Forget results that were written to after their call: copying all of them beforehand costs more.
+
+        A call without results here has no twin, and is judged by a replay of its own.
+        """
+        for call, version in self._versions:
+            if [t._version for _, t in call.outputs] != version:
+                call.outputs = []
 
     @staticmethod
     def _inherits(given: Any) -> bool:

@@ -108,6 +108,7 @@ class Worlds:
         self._modules = list(self.names.values())
         self._shelves = [_Shelf.of(m) for m in self._modules]
         self._base = self._shelves
+        self._state: set[int] = set()
         self._parameters = {id(p): p for m in self._modules for p in m._parameters.values() if p is not None}
         self._data = {k: p.data for k, p in self._parameters.items()}
         self._grads = {k: p.grad for k, p in self._parameters.items()}
@@ -135,6 +136,11 @@ class Worlds:
     def note_low(self) -> None:
         """Take the present tensors (after the mode's cast) as the low world."""
         self._base = [_Shelf.of(m) for m in self._modules]
+        self._state = {
+            t.untyped_storage().data_ptr()
+            for shelf in self._base for content in shelf.contents.values() for t, _, _ in content.values
+            if t.layout is torch.strided
+        }  # fmt: skip
         for module in self._modules:
             for p in module._parameters.values():
                 if p is not None:
@@ -143,6 +149,10 @@ class Worlds:
             for name, b in module._buffers.items():
                 if b is not None:
                     self.low_buffers[id(module), name] = b.detach().clone()
+
+    def is_state(self, t: torch.Tensor) -> bool:
+        """Whether ``t`` shares memory with a tensor that is an attribute: those are put back after each run."""
+        return bool(self._state) and t.layout is torch.strided and t.untyped_storage().data_ptr() in self._state
 
     @contextmanager
     def low(self) -> Iterator[None]:
