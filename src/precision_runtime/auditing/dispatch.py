@@ -28,7 +28,8 @@ WIDE = {
     torch.complex64: torch.complex128,
     torch.complex32: torch.complex128,
 }
-_PRODUCTS = frozenset(
+# Matrix products and convolutions, by the names that reach a dispatch mode.
+PRODUCTS = frozenset(
     f"aten::{name}"
     for name in (
         "mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "dot", "convolution", "linear", "_grouped_mm",
@@ -204,7 +205,7 @@ class LowWatch(TorchDispatchMode):
         plan = self._plans.get(func)
         if plan is None:
             name = func._schema.name
-            plan = self._plans[func] = (draw_of(func), name in _PRODUCTS, defect_of(name))
+            plan = self._plans[func] = (draw_of(func), name in PRODUCTS, defect_of(name))
         draw, product, defect = plan
         if draw is not None:
             return draw(func, args, kwargs)
