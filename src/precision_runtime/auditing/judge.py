@@ -55,6 +55,8 @@ class Judge:
         self.replays = Replays(worlds, low, yardstick)
         self.cover: Call | None = None  # the call that is the whole function
         self.true_grads = true_grads  # of the whole reference, by id of the low run's parameter
+        self.reference = Run([])  # of the whole function, with what makes its perturbed runs
+        self.sampler: Sampler | None = None
 
     # -- the walk ---------------------------------------------------------------------------------------------------
 
@@ -98,6 +100,7 @@ class Judge:
 
     def whole(self, reference: Run, sheet: Sheet, samples: Sampler) -> set[str]:
         """Judge the whole function, after everything in it; ``samples`` makes its perturbed runs."""
+        self.reference, self.sampler = reference, samples
         tops = [c for c in self.low.calls if c.parent is None]
         self.cover = tops[0] if len(tops) == 1 and not tops[0].name and covers(tops[0], self.low) else None
         twins = match(self.low.calls, reference.calls)
