@@ -16,6 +16,7 @@ from precision_runtime import forwarding
 from precision_runtime.accelerators import resolve
 from precision_runtime.capability import support
 from precision_runtime.casting import HALF_TO_SINGLE
+from precision_runtime.closures import step_with_closure
 from precision_runtime.errors import ConfigurationError, PrecisionError, UnsupportedError
 from precision_runtime.modes import Mode, parse_mode
 from precision_runtime.options import Options, mode_of, names_of, with_dtypes
@@ -42,11 +43,12 @@ class StepResult:
 class PrecisionRuntime:
     """Runs models in a precision mode on an accelerator.
 
-    ``scaler`` replaces the default loss scaler in a mode that scales its loss: a ``scaling.DynamicScaler`` or a
-    ``torch.amp.GradScaler``. ``ignore_modules``: exact names or globs of layers that quantised and FP8 modes leave as
-    they are, with everything inside them. ``compute_dtype``: what bitsandbytes layers compute in, bfloat16 where not
-    given. ``weights_dtype``, ``recipe``: transformer-engine's. ``amp_backend="apex", amp_level="O2"`` is the mode
-    apex-O2. Attributes: ``mode``, ``device``, ``strategy``, ``scaler``, ``support``.
+    ``scaler`` replaces the default loss scaler in a mode that scales its loss: a ``scaling.DynamicScaler`` or
+    ``StaticScaler``, or torch's ``GradScaler`` or ``ShardedGradScaler``. ``ignore_modules``: exact names or globs of
+    layers that quantised and FP8 modes leave as they are, with everything inside them. ``compute_dtype``: what
+    bitsandbytes layers compute in, bfloat16 where not given. ``weights_dtype``, ``recipe``: transformer-engine's.
+    ``amp_backend="apex", amp_level="O2"`` is the mode apex-O2. Attributes: ``mode``, ``device``, ``strategy``,
+    ``scaler``, ``support``.
 
     Raises ``UnknownNameError`` for an unknown mode or accelerator, ``UnsupportedError`` with the reason where this
     machine cannot run the mode, ``ConfigurationError`` for arguments that the mode cannot use. A mode is never turned
@@ -77,7 +79,7 @@ class PrecisionRuntime:
                 f"{self.mode} does not scale its loss, so scaler={type(scaler).__name__} has no meaning in it; "
                 "leave it out, or use 16-mixed"
             )
-        self.scaler: Scaler = scaler_from(scaler) if self.mode.scaled else NullScaler()
+        self.scaler: Scaler = scaler_from(scaler, self.device) if self.mode.scaled else NullScaler()
         self.strategy: Strategy = strategy_for(self.mode, self.device, options)
         self._models: list[weakref.ref[nn.Module]] = []
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -120,7 +122,8 @@ class PrecisionRuntime:
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """Run backward from ``loss``, scaled where the mode scales; the rest as ``Tensor.backward`` takes it."""
         self.scaler.open(self._optimizers)
-        self.scaler.scaled(loss).backward(*args, **kwargs)
+        with self.strategy.backward():
+            self.scaler.scaled(loss).backward(*args, **kwargs)
 
     def clip_gradients(
         self,
@@ -160,24 +163,27 @@ class PrecisionRuntime:
     def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> StepResult:
         """Step ``optimizer``, or skip the step where scaled gradients overflowed, and say which.
 
-        Several optimizers may step after one backward: the scale changes once. A closure (and LBFGS, which needs one)
-        raises ``ConfigurationError`` in a mode with a scaler: it would run backward again without the scale.
+        Several optimizers may step after one backward: the scale changes once. A ``closure``, which LBFGS needs and
+        others take, computes the loss and calls the runtime's ``backward``; where one of its evaluations overflows the
+        whole step is taken back.
         """
+        if closure is None and isinstance(optimizer, torch.optim.LBFGS):
+            raise ConfigurationError("LBFGS computes its gradients through a closure: step(optimizer, closure)")
         if not self.scaler.enabled:
             optimizer.step(*(() if closure is None else (closure,)), **kwargs)
             return StepResult(skipped=False, scale=self.scaler.scale)
-        if closure is not None or isinstance(optimizer, torch.optim.LBFGS):
-            raise ConfigurationError(
-                f"{self.mode} scales the loss, and {type(optimizer).__name__} with a closure would run backward inside "
-                "the step, on gradients that nobody has checked or unscaled. Use bf16-mixed, 32-true or an optimizer "
-                "that takes no closure."
-            )
         self._optimizers.add(optimizer)
-        culprits = self.scaler.unscale(optimizer)
-        self.scaler.close(optimizer)
-        if not culprits:
-            optimizer.step(**kwargs)
-        return StepResult(bool(culprits), self.scaler.scale, self._names(culprits))
+        if closure is not None:
+            inspection = step_with_closure(self.scaler, optimizer, closure, optimizer.step, kwargs)
+        else:
+            inspection = self.scaler.unscale(optimizer)
+            if not inspection:
+                optimizer.step(**kwargs)
+        culprits = self._names(inspection.culprits) if inspection.culprits else ()
+        if inspection.elsewhere:
+            culprits = ("a parameter of another process",)
+        self.scaler.close(optimizer, culprits)
+        return StepResult(bool(inspection), self.scaler.scale, culprits)
 
     def state_dict(self) -> dict[str, Any]:
         """The mode and the scaler's state, as builtins."""

@@ -185,31 +185,6 @@ def test_culprits_are_named_and_models_told_apart():
     assert rt.step(opt).culprits == ("Sequential.0.weight", "Linear.bias")
 
 
-def test_a_closure_is_refused_by_name_and_by_position_when_the_loss_is_scaled():
-    rt, _, opt, _ = trained("16-mixed", 1)
-    for call in (lambda: rt.step(opt, lambda: None), lambda: rt.step(opt, closure=lambda: None)):
-        with pytest.raises(ConfigurationError, match="16-mixed scales the loss, and SGD with a closure"):
-            call()
-
-
-def test_lbfgs_is_refused_when_the_loss_is_scaled_and_steps_elsewhere():
-    model = nn.Linear(1, 1)
-    with pytest.raises(ConfigurationError, match="LBFGS"):
-        PrecisionRuntime("16-mixed", "cpu").step(torch.optim.LBFGS(model.parameters()))
-    rt = PrecisionRuntime("64-true", "cpu")
-    model, opt = rt.setup(model, torch.optim.LBFGS(model.parameters()))
-
-    def closure():
-        opt.zero_grad()
-        loss = (model(torch.ones(1, 1)) - 3).square().sum()
-        rt.backward(loss)
-        return loss
-
-    for _ in range(3):
-        rt.step(opt, closure)
-    assert model(torch.ones(1, 1)).item() == pytest.approx(3.0)
-
-
 def test_a_skipped_step_can_be_asked_for_so_that_no_scheduler_runs_ahead():
     rt, model, opt, _ = trained("16-mixed", 1)
     scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.5)

@@ -194,9 +194,12 @@ def test_every_field_survives_the_state_dict():
     fresh = DynamicScaler()
     fresh.load_state_dict(ours.state_dict())
     assert fresh.state_dict() == ours.state_dict()
+    assert fresh.history == ours.history
     assert ours.state_dict() == {
         "growth_factor": 4.0, "backoff_factor": 0.25, "growth_interval": 7, "floor": 2.0, "hysteresis": 3,
-        "scale": 1024.0, "good": 1, "forgiven": 1,
+        "ceiling": 2.0**127, "patience": 200, "on_stall": "warn", "scale": 1024.0, "good": 1, "forgiven": 1,
+        "stalled": 0, "rounds": 3,
+        "history": [[2, "forgiven", 1024.0, 1024.0, ["a (1,) parameter of no model set up here"]]],
     }  # fmt: skip
 
 
