@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -50,7 +51,7 @@ class Machine:
         return self._once(("autocast", accelerator, dtype), lambda: _autocast_result(self.device(accelerator), dtype))
 
     def emulation(self, accelerator: str, dtype: str) -> str | None:
-        """Why ``dtype`` is emulated on ``accelerator`` although it runs; None when it is native."""
+        """Why ``dtype`` (or the format "tf32") is emulated on ``accelerator`` although it runs; None when native."""
         probe = _EMULATION.get((accelerator, dtype))
         return None if probe is None else self._once(("emulation", accelerator, dtype), probe)
 
@@ -184,8 +185,33 @@ def _cuda_bfloat16() -> str | None:
     )
 
 
+def _no_tf32_units(accelerator: str) -> str | None:
+    from precision_runtime.tf32 import has_units, switches
+
+    device = machine().device(accelerator)
+    try:
+        if switches(device.type) and has_units(device):
+            return None
+    except Exception as error:
+        return f"{_NO_TF32} here: torch's switch for it does not work on {accelerator} ({_first_line(error)})"
+    if accelerator != "cuda":
+        return f"{_NO_TF32} because {accelerator} has no TF32 units that torch can switch on"
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return (
+        f"{_NO_TF32} because {torch.cuda.get_device_name()} (compute capability {major}.{minor}) has no TF32 units, "
+        "which came with 8.0"
+    )
+
+
+_NO_TF32 = "operands of each product are rounded to TF32's 10 bits beforehand,"
+
 _EMULATION: MappingProxyType[tuple[str, str], Callable[[], str | None]] = MappingProxyType(
-    {("cuda", "bfloat16"): _cuda_bfloat16}
+    {
+        ("cuda", "bfloat16"): _cuda_bfloat16,
+        **{(name, "tf32"): partial(_no_tf32_units, name) for name in ACCELERATORS},
+    }
 )
 
 

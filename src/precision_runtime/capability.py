@@ -78,8 +78,11 @@ def _autocasts(here: Machine, mode: Mode, name: str) -> tuple[Status, str] | Non
 
 
 def _emulated(here: Machine, mode: Mode, name: str) -> tuple[Status, str] | None:
-    reason = here.emulation(name, mode.compute)
-    return None if reason is None else ("emulated", reason)
+    for what in dict.fromkeys((mode.compute, "tf32" if mode.products == "tf32" else mode.compute)):
+        reason = here.emulation(name, what)
+        if reason is not None:
+            return "emulated", reason
+    return None
 
 
 _CHECKS: tuple[Check, ...] = (_present, _arithmetic, _autocasts, _emulated)

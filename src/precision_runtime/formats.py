@@ -69,6 +69,8 @@ FORMATS = MappingProxyType(
             Format("float32", precision=24, emax=127),
             Format("float16", precision=11, emax=15),
             Format("bfloat16", precision=8, emax=127),
+            # Operands of products only: a value is stored in float32, whose exponent it has.
+            Format("tf32", precision=11, emax=127),
             # No inf: the topmost exponent holds numbers, all but the last code, which is NaN (480 would be that code).
             Format("float8_e4m3fn", precision=4, emax=8, lowest=-6, largest=448.0),
             Format("float8_e5m2", precision=3, emax=15),

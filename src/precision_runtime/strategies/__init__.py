@@ -12,8 +12,9 @@ from precision_runtime.strategies.base import Strategy
 from precision_runtime.strategies.full import FullStrategy
 from precision_runtime.strategies.half import HalfStrategy
 from precision_runtime.strategies.mixed import MixedStrategy
+from precision_runtime.strategies.tf32 import Tf32Strategy
 
-_FAMILIES = MappingProxyType({"full": FullStrategy, "true": HalfStrategy, "mixed": MixedStrategy})
+_FAMILIES = MappingProxyType({"full": FullStrategy, "true": HalfStrategy, "mixed": MixedStrategy, "tf32": Tf32Strategy})
 
 __all__ = ["Strategy", "strategy_for"]
 

@@ -77,6 +77,10 @@ class Strategy:
         """The context that forward runs in; null in modes without autocast."""
         return contextlib.nullcontext()
 
+    def backward(self) -> AbstractContextManager[Any]:
+        """The context that the backward pass runs in; null where only the forward pass decides."""
+        return contextlib.nullcontext()
+
     def init_context(self) -> AbstractContextManager[None]:
         """Modules made inside are on the device, and after it in the mode, as ``convert`` would have made them."""
         return Building(self)
