@@ -21,6 +21,8 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from precision_runtime.islands import keep_built
+
 if TYPE_CHECKING:
     from precision_runtime.strategies import Strategy
 
@@ -52,7 +54,9 @@ class Building:
         for hook in self._hooks:
             hook.remove()
         if kind is None:
-            for root in self._roots():
+            roots = self._roots()
+            keep_built(roots, self.strategy)
+            for root in roots:
                 self.strategy.convert(root)
 
     def _registered(self, module: nn.Module, name: str, value: Any) -> None:

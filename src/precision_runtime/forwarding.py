@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 from types import MethodType, TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -24,25 +24,40 @@ if TYPE_CHECKING:
 _SUSPENDED: ContextVar[bool] = ContextVar("precision_runtime_suspended", default=False)
 
 
-class PatchedForward:
-    """Base of the objects that stand in a module's ``__dict__`` as ``forward``.
+class PatchedMethod:
+    """Base of the objects that stand in a module's ``__dict__`` in place of one of its methods.
 
-    ``own`` is the instance attribute that stood there before, None where the class's forward counts. The class's
-    forward is looked up at each call: whoever patches the class afterwards is obeyed.
+    ``own`` is the instance attribute that stood there before, None where the class's method counts. The class's
+    method is looked up at each call: whoever patches the class afterwards is obeyed.
     """
+
+    method: ClassVar[str]
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.own: Callable[..., Any] | None = module.__dict__.get("forward")
-        module.__dict__["forward"] = self
+        self.own: Callable[..., Any] | None = module.__dict__.get(self.method)
+        module.__dict__[self.method] = self
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """The forward without the patch, bound."""
+        """The method without the patch, bound."""
         if self.own is not None:
             return self.own
-        forward = type(self.module).forward
-        return MethodType(forward, self.module) if inspect.isfunction(forward) else forward.__get__(self.module)
+        method = getattr(type(self.module), self.method)
+        return MethodType(method, self.module) if inspect.isfunction(method) else method.__get__(self.module)
+
+    def undo(self) -> None:
+        """Put back what stood there before."""
+        if self.own is None:
+            del self.module.__dict__[self.method]
+        else:
+            self.module.__dict__[self.method] = self.own
+
+
+class PatchedForward(PatchedMethod):
+    """Base of the objects that stand there as ``forward``."""
+
+    method = "forward"
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -52,15 +67,14 @@ class PatchedForward:
     def __code__(self) -> Any:
         return getattr(self.__wrapped__, "__code__", None)  # torch.export names the user's file in its messages
 
-    def undo(self) -> None:
-        """Put back what stood there before."""
-        if self.own is None:
-            del self.module.__dict__["forward"]
-        else:
-            self.module.__dict__["forward"] = self.own
+
+class PatchedApply(PatchedMethod):
+    """Base of the objects that stand there as ``_apply``, through which ``.to()``, ``.half()`` and the like go."""
+
+    method = "_apply"
 
 
-Patch = TypeVar("Patch", bound=PatchedForward)
+Patch = TypeVar("Patch", bound=PatchedMethod)
 
 
 class SetUpForward(PatchedForward):
@@ -123,15 +137,16 @@ def strategy_of(module: nn.Module) -> Strategy:
 def restore(module: nn.Module) -> nn.Module:
     """Take the patches of ``module`` and its parts away and return it. Parameters keep the dtype that they have."""
     for part in module.modules():
-        while isinstance(patch := part.__dict__.get("forward"), PatchedForward):
-            patch.undo()
+        for method in (PatchedForward.method, PatchedApply.method):
+            while isinstance(patch := part.__dict__.get(method), PatchedMethod):
+                patch.undo()
     return module
 
 
 def patch_of(module: nn.Module, kind: type[Patch]) -> Patch | None:
-    """The patch of this kind among those that stand on ``module``'s forward, or None."""
-    patch = module.__dict__.get("forward")
-    while isinstance(patch, PatchedForward):
+    """The patch of this kind among those that stand on the method of ``module`` that it patches, or None."""
+    patch = module.__dict__.get(kind.method)
+    while isinstance(patch, PatchedMethod):
         if isinstance(patch, kind):
             return patch
         patch = patch.own

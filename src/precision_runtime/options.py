@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from precision_runtime.errors import ConfigurationError, unknown_names
@@ -15,11 +16,14 @@ class Options:
     """What strategies read beside the mode and the device.
 
     ``ignore_modules``: exact names or globs of modules that are not swapped. ``recipe``: the FP8 recipe, as the float8
-    strategy parsed it; None is the library's default.
+    strategy parsed it; None is the library's default. ``islands``: exact names or globs of parts that are kept wide,
+    each with the dtype's name; ``auto_islands``: tables are kept wide, too, where a cast would harm them.
     """
 
     ignore_modules: tuple[str, ...] = ()
     recipe: Any = None
+    islands: tuple[tuple[str, str], ...] = ()
+    auto_islands: bool = False
 
 
 def names_of(value: str | Iterable[str], where: str) -> tuple[str, ...]:
@@ -31,6 +35,34 @@ def names_of(value: str | Iterable[str], where: str) -> tuple[str, ...]:
             f"{where} takes names or globs of modules, such as 'lm_head' or 'blocks.*.norm'; got {wrong}"
         )
     return tuple(sorted(set(names)))
+
+
+def islands_of(value: object) -> tuple[tuple[tuple[str, str], ...], bool]:
+    """``islands`` as the user gave it, parsed: pairs of pattern and dtype name, sorted, and whether "auto" was asked.
+
+    A mapping from names or globs to "32" or "64" (or that dtype), or names alone, which means "32"; "auto" alone or
+    among names. Raises ``ConfigurationError`` for anything else.
+    """
+    if not isinstance(value, Mapping):
+        given = value if isinstance(value, (str, Iterable)) else (value,)
+        names = names_of(given, "islands")
+        return tuple((name, "float32") for name in names if name != "auto"), "auto" in names
+    names = names_of(value, "islands")
+    wrong = {name: value[name] for name in names if _island_dtype(value[name]) not in ISLAND_DTYPES.values()}
+    if wrong:
+        given = ", ".join(f"{name!r}: {width!r}" for name, width in wrong.items())
+        raise ConfigurationError(
+            f"an island is kept in '32' or '64', as in islands={{'blocks.3.norm': '32'}}; got {{{given}}}"
+        )
+    return tuple((name, _island_dtype(value[name])) for name in names), False
+
+
+ISLAND_DTYPES = MappingProxyType({"32": "float32", "64": "float64"})
+
+
+def _island_dtype(value: object) -> str:
+    text = str(value).removeprefix("torch.").removesuffix("-true")
+    return ISLAND_DTYPES.get(text, text)
 
 
 def with_dtypes(mode: Mode, compute_dtype: object = None, weights_dtype: object = None) -> Mode:

@@ -18,8 +18,10 @@ from precision_runtime.capability import support
 from precision_runtime.casting import HALF_TO_SINGLE
 from precision_runtime.closures import step_with_closure
 from precision_runtime.errors import ConfigurationError, PrecisionError, UnsupportedError
+from precision_runtime.islands import islands_in, keep
+from precision_runtime.keeping import Island
 from precision_runtime.modes import Mode, parse_mode
-from precision_runtime.options import Options, mode_of, names_of, with_dtypes
+from precision_runtime.options import Options, islands_of, mode_of, names_of, with_dtypes
 from precision_runtime.scaling import NullScaler, Scaler, scaler_from
 from precision_runtime.strategies import Strategy, strategy_for
 
@@ -47,6 +49,8 @@ class PrecisionRuntime:
     ``StaticScaler``, or torch's ``GradScaler`` or ``ShardedGradScaler``. ``ignore_modules``: exact names or globs of
     layers that quantised and FP8 modes leave as they are, with everything inside them. ``compute_dtype``: what
     bitsandbytes layers compute in, bfloat16 where not given. ``weights_dtype``, ``recipe``: transformer-engine's.
+    ``islands``: parts that stay wide in every mode, by exact names or globs of modules, parameters or buffers, as in
+    ``{"*.rope": "32", "loss": "64"}``; names alone mean "32", and "auto" protects tables that a cast would harm.
     ``amp_backend="apex", amp_level="O2"`` is the mode apex-O2. Attributes: ``mode``, ``device``, ``strategy``,
     ``scaler``, ``support``.
 
@@ -65,11 +69,12 @@ class PrecisionRuntime:
         compute_dtype: object = None,
         weights_dtype: object = None,
         recipe: object = None,
+        islands: object = (),
         amp_backend: object = None,
         amp_level: object = None,
     ) -> None:
         self.mode: Mode = with_dtypes(mode_of(mode, amp_backend, amp_level), compute_dtype, weights_dtype)
-        options = Options(names_of(ignore_modules, "ignore_modules"), recipe)
+        options = Options(names_of(ignore_modules, "ignore_modules"), recipe, *islands_of(islands))
         self.device: torch.device = resolve(accelerator)
         self.support = support(self.mode, self.device)
         if not self.support.ok:
@@ -104,6 +109,7 @@ class PrecisionRuntime:
         """
         _check_arguments(model, optimizers)
         forwarding.check(model, self.strategy)
+        keep(model, self.strategy)
         self.strategy.convert(model)
         if any(t.device != self.device for t in (*model.parameters(), *model.buffers())):
             model.to(self.device)
@@ -114,6 +120,12 @@ class PrecisionRuntime:
         if all(ref() is not model for ref in self._models):
             self._models.append(weakref.ref(model))
         return (model, *optimizers) if optimizers else model
+
+    @property
+    def islands(self) -> tuple[Island, ...]:
+        """The parts of the models set up here that stay wide, and why each does."""
+        models = [m for m in (ref() for ref in self._models) if m is not None]
+        return tuple(island for model in models for island in islands_in(model))
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The mode's autocast, for what runs outside forward; null in modes without it."""

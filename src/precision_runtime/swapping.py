@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from precision_runtime.errors import unknown_names
+from precision_runtime.islands import island_around, named_islands
 
 
 @dataclass(frozen=True)
@@ -33,22 +34,26 @@ def swaps(
     kinds: Iterable[type[nn.Module]],
     ignore_modules: Iterable[str] = (),
     refuse: Callable[[str, nn.Module], str] = lambda name, layer: "",
+    islands: tuple[tuple[str, str], ...] = (),
 ) -> list[Swap]:
     """Every layer of ``root`` of one of ``kinds``, in the order of ``named_modules``; each is judged by itself.
 
     Only exact ``kinds`` are swapped: a subclass has reasons of its own (``MultiheadAttention.out_proj`` is one, whose
-    weight its owner reads). ``refuse`` gives a mode's own reason against a layer, or "". Raises ``UnknownNameError``
-    for an entry of ``ignore_modules`` that matches no module at all.
+    weight its owner reads). ``refuse`` gives a mode's own reason against a layer, or ""; ``islands`` are those of the
+    options. Raises ``UnknownNameError`` for an entry of ``ignore_modules`` or ``islands`` that matches nothing at all.
     """
     kinds, ignore_modules = tuple(kinds), tuple(ignore_modules)
     names = dict(root.named_modules())
     unmatched = [p for p in ignore_modules if not any(fnmatch.fnmatchcase(n, p) for n in names)]
     if unmatched:
         raise unknown_names("module", unmatched, [n for n in names if n], "ignore_modules")
+    kept = list(named_islands(root, islands))
     found = []
     for name, layer in names.items():
         if type(layer) in kinds:
-            found.append(Swap(name, layer, _ignored(name, ignore_modules) or refuse(name, layer)))
+            island = island_around(name, kept)
+            reason = _ignored(name, ignore_modules) or (f"an FP32 island: {island.reason}" if island else "")
+            found.append(Swap(name, layer, reason or refuse(name, layer)))
         elif isinstance(layer, kinds):
             found.append(Swap(name, layer, f"{type(layer).__name__} is a subclass with a behaviour of its own"))
     return found
