@@ -30,7 +30,11 @@ class Worst:
 
 @dataclass(frozen=True)
 class Finding:
-    """One judged defect. ``module`` is the path of the guilty module ('' for the root), ``op`` an op where known."""
+    """One judged defect. ``module`` is the path of the guilty module ('' for the root), ``op`` an op where known.
+
+    ``line`` is the line of the user's code that calls the op, ``proof`` the sentence on what remained of the loss when
+    the call was run again with that op alone in FP64; it says so where that proves nothing.
+    """
 
     kind: Kind
     where: Where
@@ -43,6 +47,8 @@ class Finding:
     call: int = 0  # which call of that module, from 0
     worst: Worst | None = None
     suggestion: str | None = None  # only what was tried, with the figure that came out
+    line: str | None = None  # "model.py:31: return torch.log(torch.sigmoid(x))"
+    proof: str | None = None
 
     def title(self) -> str:
         """One line: who, where, what kind, how many bits."""
@@ -147,6 +153,10 @@ def _describe(finding: Finding, first: bool) -> list[str]:
             f"off by {abs(w.value - w.reference):.3g} where {w.allowed:.3g} is allowed"
             + (f" ({w.beyond:.1%} of the elements are beyond)" if w.beyond > 0 else "")
         )
+    if finding.line:
+        lines.append(f"    at {finding.line}")
+    if finding.proof:
+        lines.append(f"    proof: {finding.proof}")
     if finding.suggestion:
         lines.append(f"    tried: {finding.suggestion}")
     return lines
