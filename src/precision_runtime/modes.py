@@ -24,6 +24,7 @@ class Mode:
     the arithmetic, ``autocast`` says whether torch's autocast chooses op by op, ``scaled`` whether the loss is scaled.
     ``products`` is the format that the operands of the mode's special layers or products are rounded to, where that is
     not ``compute`` (FP8, TF32); ``weights`` the format that weights of swapped layers are stored in (bitsandbytes).
+    ``masters`` says whether optimizers update float32 copies of half parameters.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Mode:
     scaled: bool = False
     products: str = ""
     weights: str = ""
+    masters: bool = False
 
     @property
     def format(self) -> Format:
@@ -70,11 +72,13 @@ MODES = MappingProxyType(
             Mode("int8-training", "quantized", "bfloat16", "bfloat16", weights="int8-training"),
             Mode("apex-O0", "apex", "float32", "float32"),
             Mode("apex-O1", "apex", "float32", "float16", autocast=True, scaled=True),
-            Mode("apex-O2", "apex", "float16", "float16", scaled=True),
+            Mode("apex-O2", "apex", "float16", "float16", scaled=True, masters=True),
             Mode("apex-O3", "apex", "float16", "float16"),
         )
     }
 )
+
+_BY_KEY = MappingProxyType({name.lower(): mode for name, mode in MODES.items()})  # no name needs its capitals
 
 # What each legacy spelling has always meant (Lightning, Fabric, the old Trainer).
 ALIASES = MappingProxyType(
@@ -171,4 +175,4 @@ def _lookup(name: object) -> Mode | None:
     if not isinstance(name, str):  # 32.0 is no mode: others let it slip through and then run no precision at all
         return None
     key = name.strip().lower()
-    return MODES.get(ALIASES.get(key, key))
+    return _BY_KEY.get(ALIASES.get(key, key).lower())

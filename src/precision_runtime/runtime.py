@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, overload
 
 import torch
@@ -18,12 +19,17 @@ from precision_runtime.capability import support
 from precision_runtime.casting import HALF_TO_SINGLE
 from precision_runtime.closures import step_with_closure
 from precision_runtime.errors import ConfigurationError, PrecisionError, UnsupportedError
+from precision_runtime.gates import Gate
 from precision_runtime.islands import islands_in, keep
 from precision_runtime.keeping import Island
+from precision_runtime.lost import LostUpdates
+from precision_runtime.master import Masters, NoMasters
 from precision_runtime.modes import Mode, parse_mode
+from precision_runtime.optimizers import warn_of_fatal
 from precision_runtime.options import Options, islands_of, mode_of, names_of, with_dtypes
 from precision_runtime.scaling import NullScaler, Scaler, scaler_from
 from precision_runtime.strategies import Strategy, strategy_for
+from precision_runtime.updates import Updates, updates_from
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -49,6 +55,7 @@ class PrecisionRuntime:
     ``StaticScaler``, or torch's ``GradScaler`` or ``ShardedGradScaler``. ``ignore_modules``: exact names or globs of
     layers that quantised and FP8 modes leave as they are, with everything inside them. ``compute_dtype``: what
     bitsandbytes layers compute in, bfloat16 where not given. ``weights_dtype``, ``recipe``: transformer-engine's.
+    ``updates``: how half weights take small updates, "nearest" as torch does it, "stochastic" or "kahan" (``updates``).
     ``islands``: parts that stay wide in every mode, by exact names or globs of modules, parameters or buffers, as in
     ``{"*.rope": "32", "loss": "64"}``; names alone mean "32", and "auto" protects tables that a cast would harm.
     ``amp_backend="apex", amp_level="O2"`` is the mode apex-O2. Attributes: ``mode``, ``device``, ``strategy``,
@@ -69,6 +76,7 @@ class PrecisionRuntime:
         compute_dtype: object = None,
         weights_dtype: object = None,
         recipe: object = None,
+        updates: object = None,
         islands: object = (),
         amp_backend: object = None,
         amp_level: object = None,
@@ -86,8 +94,11 @@ class PrecisionRuntime:
             )
         self.scaler: Scaler = scaler_from(scaler, self.device) if self.mode.scaled else NullScaler()
         self.strategy: Strategy = strategy_for(self.mode, self.device, options)
+        self.masters = Masters() if self.mode.masters else NoMasters()
         self._models: list[weakref.ref[nn.Module]] = []
+        self.updates: Updates = updates_from(updates, self.mode)
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._meter: LostUpdates | None = None
 
     def __repr__(self) -> str:
         return f"PrecisionRuntime({self.mode.name!r}, accelerator={str(self.device)!r})"
@@ -113,9 +124,11 @@ class PrecisionRuntime:
         self.strategy.convert(model)
         if any(t.device != self.device for t in (*model.parameters(), *model.buffers())):
             model.to(self.device)
+        self.masters.attach(model)
         for optimizer in optimizers:
-            _follow_parameters(optimizer)
-            self._optimizers.add(optimizer)
+            self.masters.adopt(optimizer, strictly=True)
+            _follow_parameters(optimizer, self.updates.wide)
+            self._meet(optimizer)
         forwarding.install(model, self.strategy)
         if all(ref() is not model for ref in self._models):
             self._models.append(weakref.ref(model))
@@ -136,6 +149,7 @@ class PrecisionRuntime:
         self.scaler.open(self._optimizers)
         with self.strategy.backward():
             self.scaler.scaled(loss).backward(*args, **kwargs)
+        self.masters.gather(self._optimizers)
 
     def clip_gradients(
         self,
@@ -153,6 +167,7 @@ class PrecisionRuntime:
         if (max_norm is None) == (clip_value is None):
             raise ConfigurationError(f"clip_gradients needs max_norm or clip_value, got {max_norm=}, {clip_value=}")
         self._optimizers.add(optimizer)
+        self.masters.gather((optimizer,))
         doomed = bool(self.scaler.unscale(optimizer))
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if clip_value is not None:
@@ -181,29 +196,71 @@ class PrecisionRuntime:
         """
         if closure is None and isinstance(optimizer, torch.optim.LBFGS):
             raise ConfigurationError("LBFGS computes its gradients through a closure: step(optimizer, closure)")
+        self.masters.refuse(closure)
+        if optimizer not in self._optimizers:
+            self._meet(optimizer)
+        self.masters.gather((optimizer,))
         if not self.scaler.enabled:
-            optimizer.step(*(() if closure is None else (closure,)), **kwargs)
+            self._advance(optimizer, *(() if closure is None else (closure,)), **kwargs)
+            self.masters.spread(optimizer)
             return StepResult(skipped=False, scale=self.scaler.scale)
-        self._optimizers.add(optimizer)
         if closure is not None:
-            inspection = step_with_closure(self.scaler, optimizer, closure, optimizer.step, kwargs)
+            inspection = step_with_closure(self.scaler, optimizer, closure, partial(self._advance, optimizer), kwargs)
         else:
             inspection = self.scaler.unscale(optimizer)
             if not inspection:
-                optimizer.step(**kwargs)
+                self._advance(optimizer, **kwargs)
         culprits = self._names(inspection.culprits) if inspection.culprits else ()
         if inspection.elsewhere:
             culprits = ("a parameter of another process",)
         self.scaler.close(optimizer, culprits)
+        self.masters.spread(optimizer)
         return StepResult(bool(inspection), self.scaler.scale, culprits)
 
+    def _advance(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        if self._meter is None:
+            self.updates.step(optimizer, args, kwargs)
+        else:
+            self._meter.step(self.updates, optimizer, args, kwargs)
+
+    def _meet(self, optimizer: Optimizer) -> None:
+        self._optimizers.add(optimizer)
+        self.updates.adopt(optimizer)
+        if not self.scaler.enabled and not self.updates.wide:
+            warn_of_fatal(optimizer)
+
+    def gate(self, scheduler: Any) -> Gate:
+        """``scheduler`` behind a gate: its ``step`` does nothing where the optimizer's step was skipped."""
+        return Gate(scheduler)
+
+    def lost_updates(self) -> LostUpdates:
+        """Context that counts, for each parameter, the updates that rounding lost in the steps inside."""
+        return LostUpdates(self._names, partial(setattr, self, "_meter"))
+
+    def gradients(
+        self, outputs: torch.Tensor, inputs: Sequence[torch.Tensor], create_graph: bool = True, **kwargs: Any
+    ) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of ``outputs`` with respect to ``inputs``, to compute a loss from: a gradient penalty.
+
+        As ``torch.autograd.grad``, scaled on the way where the mode scales, so that none vanishes in half, and
+        unscaled in float32 at least. Where they overflow so does the loss made from them, and its step is skipped.
+        """
+        scale = self.scaler.scale
+        if scale != 1.0:
+            outputs = _single(outputs) * scale
+        with self.strategy.backward():
+            found = torch.autograd.grad(outputs, inputs, create_graph=create_graph, **kwargs)
+        return tuple(g if g is None or scale == 1.0 else _single(g) / scale for g in found)
+
     def state_dict(self) -> dict[str, Any]:
-        """The mode and the scaler's state, as builtins."""
-        return {"mode": self.mode.name, "scaler": self.scaler.state_dict()}
+        """The mode and the scaler's state, as builtins; where ``updates`` keep something beside weights, that, too."""
+        updates = self.updates.state_dict(self._named())
+        state = {"mode": self.mode.name, "scaler": self.scaler.state_dict()}
+        return {**state, "updates": updates} if updates else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of ``state_dict``. Raises ``ConfigurationError`` for another mode's state, or a foreign one."""
-        if set(state) != {"mode", "scaler"}:
+        if set(state) - {"updates"} != {"mode", "scaler"}:
             raise ConfigurationError(
                 f"this is no state of a PrecisionRuntime, which has mode and scaler; it has {sorted(map(str, state))}"
             )
@@ -213,16 +270,24 @@ class PrecisionRuntime:
                 f"PrecisionRuntime({state['mode']!r}), or train on from the model's and optimizer's states alone"
             )
         self.scaler.load_state_dict(state["scaler"])
+        self.updates.load_state_dict(state.get("updates", {}), self._named())
 
-    def _names(self, parameters: tuple[torch.Tensor, ...] | list[torch.Tensor]) -> tuple[str, ...]:
-        """Paths in the models set up here; with several models each path begins with the model's class."""
+    def _names(self, parameters: Iterable[torch.Tensor]) -> tuple[str, ...]:
+        """Paths in the models set up here."""
+        known = {id(parameter): path for path, parameter in reversed(self._named().items())}
+        return tuple(
+            known.get(id(self.masters.behind(p)), f"a {tuple(p.shape)} parameter of no model set up here")
+            for p in parameters
+        )
+
+    def _named(self) -> dict[str, torch.Tensor]:
+        """Parameters by path in the models set up here; with several models each path begins with the model's class."""
         models = [m for m in (ref() for ref in self._models) if m is not None]
-        known = {
-            id(parameter): (f"{type(model).__name__}.{path}" if len(models) > 1 else path)
-            for model in reversed(models)
+        return {
+            (f"{type(model).__name__}.{path}" if len(models) > 1 else path): parameter
+            for model in models
             for path, parameter in model.named_parameters()
         }
-        return tuple(known.get(id(p), f"a {tuple(p.shape)} parameter of no model set up here") for p in parameters)
 
 
 def _check_arguments(model: object, optimizers: tuple[object, ...]) -> None:
@@ -244,9 +309,17 @@ def _total_norm(parameters: list[torch.Tensor], norm_type: float) -> torch.Tenso
     return total
 
 
-def _follow_parameters(optimizer: Optimizer) -> None:
-    """Bring state collected before setup (momentum) to the dtype and device of its parameter; counters stay."""
+def _single(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in float32 at least."""
+    return tensor.float() if tensor.dtype in HALF_TO_SINGLE else tensor
+
+
+def _follow_parameters(optimizer: Optimizer, wide: bool) -> None:
+    """Bring state collected before setup (momentum) to the dtype and device of its parameter; counters stay.
+
+    ``wide``: the optimizer will compute in float32, and its state stays as wide as it is.
+    """
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if torch.is_tensor(value) and value.is_floating_point() and value.shape == parameter.shape and value.dim():
-                state[key] = value.to(parameter.device, parameter.dtype)
+                state[key] = value.to(parameter.device, value.dtype if wide else parameter.dtype)

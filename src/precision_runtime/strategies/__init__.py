@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MappingProxyType
 
 import torch
 
 from precision_runtime.modes import Mode
 from precision_runtime.options import Options
+from precision_runtime.strategies.apex import apex
 from precision_runtime.strategies.base import Strategy
 from precision_runtime.strategies.full import FullStrategy
 from precision_runtime.strategies.half import HalfStrategy
 from precision_runtime.strategies.mixed import MixedStrategy
 from precision_runtime.strategies.tf32 import Tf32Strategy
 
-_FAMILIES = MappingProxyType({"full": FullStrategy, "true": HalfStrategy, "mixed": MixedStrategy, "tf32": Tf32Strategy})
+_FAMILIES: MappingProxyType[str, Callable[[Mode, torch.device, Options], Strategy]] = MappingProxyType(
+    {
+        "full": FullStrategy,
+        "true": HalfStrategy,
+        "mixed": MixedStrategy,
+        "tf32": Tf32Strategy,
+        "apex": apex,
+    }
+)
 
 __all__ = ["Strategy", "strategy_for"]
 

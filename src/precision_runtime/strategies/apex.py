@@ -1,0 +1,107 @@
+"""Apex's levels on torch alone: O0 float32, O1 casts function by function, O2 half with float32 masters, O3 half.
+
+NVIDIA's package is not used: its ``amp`` is gone, and it ran on CUDA only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from precision_runtime.casting import CAST, FLOATING, TO, CastTable, cast_call
+from precision_runtime.forwarding import is_suspended
+from precision_runtime.master import keep_full
+from precision_runtime.modes import Mode
+from precision_runtime.options import Options
+from precision_runtime.strategies.apex_functions import ApexFunctions
+from precision_runtime.strategies.base import Strategy
+from precision_runtime.strategies.half import HalfStrategy
+from precision_runtime.strategies.mixed import MixedStrategy
+
+
+class SingleStrategy(Strategy):
+    """O0: parameters, buffers, inputs and outputs in float32."""
+
+    default_outputs = True
+
+    def tables(self, dtype: torch.dtype) -> tuple[CastTable, CastTable]:
+        """Every floating dtype to float32."""
+        return TO[dtype], TO[dtype]
+
+
+class FunctionStrategy(MixedStrategy):
+    """O1: float32 parameters; products in half by autocast, everything else by the lists of ``apex_functions``."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Autocast with Apex's rules above it; null inside ``forwarding.suspended()``."""
+        return contextlib.nullcontext() if is_suspended() else self._casts()
+
+    def call(
+        self, function: Callable[..., Any], first: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """See ``Strategy.call``."""
+        args, kwargs = cast_call(args, kwargs, self.input_table)
+        with torch.autocast(self.device.type, dtype=self.compute), ApexFunctions(self.compute):
+            result = function(*first, *args, **kwargs)
+        return self.cast_outputs(result)
+
+    @contextlib.contextmanager
+    def _casts(self) -> Iterator[None]:
+        with torch.autocast(self.device.type, dtype=self.compute), ApexFunctions(self.compute):
+            yield
+
+
+class MasterStrategy(HalfStrategy):
+    """O2: a half model with float32 batch norms, also those without parameters (they have running statistics).
+
+    Batch norms are those that Apex counts: every ``_BatchNorm``, SyncBatchNorm among them. torch's kernels take half
+    inputs with float32 statistics and answer in half.
+    """
+
+    def convert(self, module: nn.Module) -> nn.Module:
+        """See ``Strategy.convert``; the values from before the cast become the master weights."""
+        norms = [(part, _floating(part)) for part in module.modules() if isinstance(part, _BatchNorm)]
+        full = [(p, p.detach()) for p in module.parameters() if p.requires_grad and p.dtype in FLOATING]
+        super().convert(module)
+        for part, tensors in norms:
+            _put_back(part, tensors)
+        for parameter, before in full:
+            if parameter.dtype is self.dtype and before.dtype is not self.dtype:
+                keep_full(parameter, before.to(torch.float32, copy=True))  # others may still hold what was there
+        return module
+
+
+def _floating(norm: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """The values and gradients of a norm's own tensors as they are now, in float32."""
+    single = CAST[torch.float32]
+    return {
+        name: (single(t.detach()), None if t.grad is None else single(t.grad))
+        for name, t in (*norm._parameters.items(), *norm._buffers.items())
+        if t is not None and t.dtype in FLOATING
+    }
+
+
+def _put_back(norm: nn.Module, tensors: dict[str, tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+    for name, (value, gradient) in tensors.items():
+        parameter = norm._parameters.get(name)
+        if parameter is None:
+            norm._buffers[name] = value
+        else:
+            parameter.grad = None
+            parameter.data = value
+            parameter.grad = gradient
+
+
+def apex(mode: Mode, device: torch.device, options: Options) -> Strategy:
+    """The strategy of one level, told from the mode's fields: XLA's bfloat16 leaves them as they are."""
+    if mode.masters:
+        return MasterStrategy(mode, device, options)
+    if mode.autocast:
+        return FunctionStrategy(mode, device, options)
+    return (HalfStrategy if mode.low else SingleStrategy)(mode, device, options)

@@ -1,0 +1,152 @@
+"""Which functions Apex's O1 runs in half, in float32, or in the widest dtype of their operands.
+
+The lists are those of apex/amp/lists (NVIDIA, 2018 to 2023), which wrapped functions of ``torch``,
+``torch.nn.functional`` and ``torch.Tensor``. torch's autocast grew out of them and differs in some: on a CPU, softmax,
+norms, exponentials and sums run in half under autocast, and on every device interpolation, ``std`` and ``var`` do. Here
+Apex's rules stand above autocast, which casts the operands of matrix products and convolutions by both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from precision_runtime.casting import CAST
+from precision_runtime.errors import PrecisionError
+from precision_runtime.tree import leaves, map_tensors
+
+# Products and convolutions that are not here are on both lists: autocast casts them, and keeps its casts of weights.
+_HALF = ("addmv", "addr", "mv", "prelu", "conv_tbc")
+
+_SINGLE_FUNCTIONAL = (
+    "interpolate", "softplus", "softmin", "log_softmax", "softmax", "layer_norm", "group_norm", "local_response_norm",
+    "normalize", "cosine_similarity", "poisson_nll_loss", "cosine_embedding_loss", "cross_entropy",
+    "hinge_embedding_loss", "kl_div", "l1_loss", "mse_loss", "margin_ranking_loss", "multilabel_margin_loss",
+    "multilabel_soft_margin_loss", "multi_margin_loss", "nll_loss", "binary_cross_entropy_with_logits",
+    "smooth_l1_loss", "soft_margin_loss", "triplet_margin_loss",
+)  # fmt: skip
+_SINGLE = (
+    "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "reciprocal", "rsqrt", "sinh", "tan",
+    "pow", "cumprod", "cumsum", "dist", "norm", "prod", "std", "sum", "var", "renorm",
+)  # fmt: skip
+_SINGLE_METHODS = ("__pow__", "__rpow__", "__ipow__", "cpu")
+# What Apex did not know of, or reached through a function of its list; both run in float32 under CUDA's autocast.
+_SINGLE_SINCE = ("softmax", "log_softmax", "rms_norm")
+
+_WIDEST = (
+    "addcdiv", "addcmul", "atan2", "cross", "bilinear", "dot", "add", "div", "mul", "sub", "true_divide", "eq",
+    "equal", "ge", "gt", "le", "lt", "ne", "cat", "stack",
+)  # fmt: skip
+_WIDEST_METHODS = (
+    "__add__", "__eq__", "__ge__", "__gt__", "__le__", "__lt__", "__mul__", "__ne__", "__radd__", "__rdiv__",
+    "__rmul__", "__rsub__", "__rtruediv__", "__sub__", "__truediv__",
+)  # fmt: skip
+_WIDEST_IN_PLACE = ("__iadd__", "__idiv__", "__imul__", "__isub__", "__itruediv__")
+
+Rule = Callable[["ApexFunctions", Any, Sequence[Any], Mapping[str, Any]], Any]
+
+
+class ApexFunctions(TorchFunctionMode):
+    """Inside, the functions of Apex's lists cast their operands as O1 does; ``half`` is the dtype that it calls half.
+
+    Functions written in Python (``multi_head_attention_forward``) are seen as one: what they call is left to autocast.
+    """
+
+    def __init__(self, half: torch.dtype) -> None:
+        super().__init__()
+        self.half = half
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        rule = _RULES.get(func)
+        if rule is None:
+            return func(*args, **(kwargs or {}))
+        return rule(self, func, args, kwargs or {})
+
+
+def _in_half(mode: ApexFunctions, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    args, kwargs = _cast((args, kwargs), torch.float32, mode.half)
+    return func(*args, **kwargs)
+
+
+def _in_single(mode: ApexFunctions, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    args, kwargs = _cast((args, kwargs), mode.half, torch.float32)
+    return func(*args, **kwargs)
+
+
+def _in_widest(mode: ApexFunctions, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Where half meets float32, also a float32 scalar tensor, which torch's own promotion would not count."""
+    if {mode.half, torch.float32} <= {t.dtype for _, t in leaves((args, kwargs), objects=False)}:
+        return _in_single(mode, func, args, kwargs)
+    return func(*args, **kwargs)
+
+
+def _as_first(mode: ApexFunctions, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """In place: the others follow the tensor that is written to."""
+    first, *rest = args
+    there = {mode.half: torch.float32, torch.float32: mode.half}
+    if first.dtype in there:
+        rest, kwargs = _cast((rest, kwargs), there[first.dtype], first.dtype)
+    return func(first, *rest, **kwargs)
+
+
+def _never_in_place(mode: ApexFunctions, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    if any(t.dtype is mode.half for _, t in leaves((args, kwargs), objects=False)):
+        name = func.__name__
+        raise PrecisionError(
+            f"apex-O1 runs {name.rstrip('_')} in float32, and {name} would write its result into a {mode.half} tensor. "
+            f"Use {name.rstrip('_')}, or convert the tensor with .float() beforehand."
+        )
+    return func(*args, **kwargs)
+
+
+def _banned(mode: ApexFunctions, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    if any(t.dtype is mode.half for _, t in leaves((args, kwargs), objects=False)):
+        raise PrecisionError(
+            f"apex-O1 refuses {func.__name__} of {mode.half} tensors: probabilities near 0 and 1 do not survive there. "
+            "Use binary_cross_entropy_with_logits (BCEWithLogitsLoss) without the sigmoid before it, or .float()."
+        )
+    return func(*args, **kwargs)
+
+
+def _cast(tree: Any, source: torch.dtype, target: torch.dtype) -> Any:
+    if not any(t.dtype is source for _, t in leaves(tree, objects=False)):
+        return tree
+    return map_tensors(lambda t: CAST[target](t) if t.dtype is source else t, tree, objects=False)
+
+
+def _found(names: Iterable[str], *owners: Any) -> Iterator[Any]:
+    for name in names:
+        for owner in owners:
+            if hasattr(owner, name):
+                yield getattr(owner, name)
+
+
+def _in_place(names: Iterable[str]) -> list[str]:
+    return [f"{name}_" for name in names]
+
+
+def _rules() -> dict[Any, Rule]:
+    both = (torch, torch.Tensor)
+    table: tuple[tuple[Rule, Iterator[Any]], ...] = (
+        (_in_half, _found(_HALF, *both, functional)),
+        (_in_single, _found(_SINGLE_FUNCTIONAL, functional)),
+        (_in_single, _found((*_SINGLE, *_SINGLE_SINCE), *both, functional)),
+        (_in_single, _found(_SINGLE_METHODS, torch.Tensor)),
+        (_in_widest, _found(_WIDEST, *both)),
+        (_in_widest, _found(_WIDEST_METHODS, torch.Tensor)),
+        (_as_first, _found(_in_place((*_WIDEST, "addmv", "addr")), torch.Tensor)),
+        (_as_first, _found(_WIDEST_IN_PLACE, torch.Tensor)),
+        (_never_in_place, _found(_in_place(_SINGLE), *both)),
+        (_banned, _found(["binary_cross_entropy"], functional)),
+    )
+    return {func: rule for rule, funcs in table for func in funcs}
+
+
+_RULES: Mapping[Any, Rule] = MappingProxyType(_rules())
