@@ -1,0 +1,120 @@
+"""Settings of an optimizer that its parameters' format cannot hold: found before a step, and told in a sentence."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.optim import Optimizer
+
+from precision_runtime.formats import FORMATS
+
+
+class OptimizerWarning(UserWarning):
+    """An optimizer will write NaN or inf into weights."""
+
+
+@dataclass(frozen=True)
+class Hazard:
+    """One setting of one group of parameters, and what it becomes in ``dtype``, the format of parameters and state.
+
+    ``severity``: "fatal" writes NaN or inf into weights; "loss" loses updates.
+    """
+
+    optimizer: str
+    group: int
+    setting: str
+    value: float
+    becomes: float
+    dtype: str
+    severity: Literal["fatal", "loss"]
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.optimizer}, group {self.group}, {self.setting}={self.value:g} in {self.dtype}: {self.message}"
+
+
+def hazards(optimizer: Optimizer) -> list[Hazard]:
+    """Every setting that half parameters turn into another one. Changes nothing; reads each weight once.
+
+    Only torch's own optimizers keep their state in the parameter's dtype and compute in it; others are not judged.
+    """
+    if not type(optimizer).__module__.startswith("torch.optim."):
+        return []
+    return [
+        hazard
+        for number, group in enumerate(optimizer.param_groups)
+        for dtype in sorted({str(p.dtype).removeprefix("torch.") for p in group["params"]} & {"float16", "bfloat16"})
+        for rule in (_eps, _betas, _steps)
+        for hazard in rule(type(optimizer).__name__, number, group, dtype)
+    ]
+
+
+def warn_of_fatal(optimizer: Optimizer) -> None:
+    """Warn (``OptimizerWarning``) of every fatal hazard. Reads settings only, no weights."""
+    for number, group in enumerate(optimizer.param_groups):
+        half = {str(p.dtype).removeprefix("torch.") for p in group["params"]} & {"float16", "bfloat16"}
+        if half and type(optimizer).__module__.startswith("torch.optim."):
+            for dtype in sorted(half):
+                for hazard in _eps(type(optimizer).__name__, number, group, dtype):
+                    warnings.warn(str(hazard), OptimizerWarning, stacklevel=4)
+
+
+def _eps(name: str, number: int, group: dict[str, Any], dtype: str) -> Iterator[Hazard]:
+    eps = group.get("eps")
+    if not isinstance(eps, float) or eps == 0.0 or group.get("fused"):  # fused kernels add eps in float32
+        return
+    if eps <= FORMATS[dtype].smallest_subnormal / 2:
+        yield Hazard(
+            name, number, "eps", eps, 0.0, dtype, "fatal",
+            "it is 0 there, and a weight whose gradient is 0, or so small that its square is, becomes NaN or inf. Give "
+            f"eps={_safe_eps(dtype):g}, or run the optimizer in float32: updates='stochastic' or 'kahan', or a mixed "
+            "mode",
+        )  # fmt: skip
+
+
+def _safe_eps(dtype: str) -> float:
+    """The smallest power of ten that is a normal number: with fewer digits eps itself would be rounded."""
+    exponent = -1
+    while 10.0 ** (exponent - 1) >= FORMATS[dtype].smallest_normal:
+        exponent -= 1
+    return float(f"1e{exponent}")
+
+
+def _betas(name: str, number: int, group: dict[str, Any], dtype: str) -> Iterator[Hazard]:
+    betas = group.get("betas")
+    if not isinstance(betas, tuple):
+        return
+    for index, beta in enumerate(betas):
+        # For v in [1, 2) the product v * beta rounds to v where v * (1 - beta) is below u, half the gap between
+        # neighbours (u/2 at v = 1, whose lower gap is half as wide): for every v where 1 - beta < u/2.
+        if isinstance(beta, float) and beta < 1.0 and 1.0 - beta < FORMATS[dtype].unit_roundoff / 2:
+            yield Hazard(
+                name, number, f"betas[{index}]", beta, 1.0, dtype, "loss",
+                "a running average times it rounds to itself, so that it never falls. Keep the state in float32: "
+                "updates='stochastic' or 'kahan', or a mixed mode",
+            )  # fmt: skip
+
+
+def _steps(name: str, number: int, group: dict[str, Any], dtype: str) -> Iterator[Hazard]:
+    """Optimizers of Adam's kind move each weight by about the learning rate, whatever the gradient."""
+    if "betas" not in group:
+        return
+    rate = float(group["lr"])
+    weights = [p.detach() for p in group["params"] if str(p.dtype) == f"torch.{dtype}" and p.numel()]
+    still = sum(int(_unmoved(w, rate).sum()) for w in weights)
+    count = sum(w.numel() for w in weights)
+    if still:
+        yield Hazard(
+            name, number, "lr", rate, 0.0, dtype, "loss",
+            f"a step of this size is below half a unit in the last place of {still / count:.0%} of the weights, which "
+            "do not move. updates='stochastic' or 'kahan' keeps such steps",
+        )  # fmt: skip
+
+
+def _unmoved(weight: torch.Tensor, step: float) -> torch.Tensor:
+    wide = weight.float()
+    return ((wide + step).to(weight.dtype) == weight) & ((wide - step).to(weight.dtype) == weight)
