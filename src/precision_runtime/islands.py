@@ -102,17 +102,29 @@ def named_islands(root: nn.Module, pairs: Pairs) -> Iterator[Island]:
     """One island for each module, parameter or buffer that a pattern matches; an exact name counts before any glob,
     and of several globs the widest.
     """
-    kinds = _kinds(root)
+    kinds = _kinds(root) if pairs else {}
     unmatched = [pattern for pattern, dtype in pairs if (pattern, dtype) not in _matched(root, pairs)]
     if unmatched:
         raise _unmatched(unmatched, list(kinds))
-    for name, kind in kinds.items():
-        matching = [(p, d) for p, d in pairs if fnmatch.fnmatchcase(name, p)]
+    asked: dict[str, list[tuple[str, str]]] = {}
+    for pattern, dtype in pairs:
+        for name in _topmost(kinds, pattern):
+            asked.setdefault(name, []).append((pattern, dtype))
+    for name, matching in asked.items():
         chosen = [(p, d) for p, d in matching if p == name] or matching
-        if chosen:
-            pattern, dtype = max(chosen, key=lambda pair: _bits(pair[1]))
-            for path, part in _callable_parts(root, name, kind):
-                yield Island(path, part, dtype, f"islands has {pattern!r}")
+        pattern, dtype = max(chosen, key=lambda pair: _bits(pair[1]))
+        for path, part in _callable_parts(root, name, kinds[name]):
+            yield Island(path, part, dtype, f"islands has {pattern!r}")
+
+
+def _topmost(names: Iterable[str], pattern: str) -> list[str]:
+    """The names that match; not those inside one that matches, because a ``*`` stands for dots, too."""
+    matching = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+    return [name for name in names if name in matching and not any(name[:i] in matching for i in _dots(name))]
+
+
+def _dots(name: str) -> list[int]:
+    return [i for i, letter in enumerate(name) if letter == "."]
 
 
 def _matched(root: nn.Module, pairs: Pairs) -> Pairs:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from precision_runtime.casting import CAST, FLOATING, NOTHING, TO, TO_DOUBLE, CastTable, cast_call
+from precision_runtime.casting import CAST, FLOATING, TO, TO_DOUBLE, CastTable, cast_call
 from precision_runtime.forwarding import PatchedApply, PatchedForward, is_suspended
 from precision_runtime.tree import leaves, map_tensors
 
@@ -48,8 +48,8 @@ class IslandForward(PatchedForward):
         super().__init__(module)
         self.island, self.device = island, device
         inner = getattr(torch, island.dtype)
-        self.input_table: CastTable = TO_DOUBLE if inner is torch.float64 else TO[inner]
-        self.output_table: CastTable = NOTHING
+        self.input_table: CastTable = dict(TO_DOUBLE if inner is torch.float64 else TO[inner])  # a proxy has no pickle
+        self.output_table: CastTable = {}
         if inner is not outer:
             back = {inner: outer}
             if inner is torch.float64 and outer in COMPLEX:
@@ -109,8 +109,7 @@ class Keeper(PatchedApply):
 
         def kept(tensor: torch.Tensor) -> torch.Tensor:
             least = parts.get(id(tensor), whole)
-            after = fn(tensor)
-            return after if least is None else at_least(least, tensor, after)
+            return fn(tensor) if least is None else at_least(least, tensor, fn)
 
         module: nn.Module = self.__wrapped__(kept, recurse)
         return module
@@ -126,18 +125,23 @@ class Keeper(PatchedApply):
         return found
 
 
-def at_least(least: torch.dtype, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """``after``, what a cast or move made of ``before``, but in ``least`` where it became narrower than that.
+def at_least(least: torch.dtype, before: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """``fn(before)``, a cast or a move, but in ``least`` where ``fn`` would make it narrower than that.
 
     Whole numbers and packed storage are none of an island's business. A complex tensor stays complex.
     """
-    if before.dtype in FLOATING:
-        wanted = wider(least, after.dtype) if after.dtype in FLOATING else least
-    elif before.dtype in _REAL:
-        real = _REAL.get(after.dtype, after.dtype)
-        wanted = COMPLEX[wider(least, real) if real in FLOATING else least]
-    else:
+    real = _REAL.get(before.dtype)
+    if real is not None:
+        # What a cast does to real tensors, asked of one: on complex ones torch drops the imaginary part, and warns.
+        probe = fn(torch.empty((), dtype=real, device=before.device))
+        wanted = COMPLEX[wider(least, probe.dtype if probe.dtype in FLOATING else real)]
+        if probe.dtype is real and before.dtype is wanted:
+            return fn(before)
+        return before.to(probe.device, wanted)
+    after = fn(before)
+    if before.dtype not in FLOATING:
         return after
+    wanted = wider(least, after.dtype) if after.dtype in FLOATING else least
     if after.dtype is wanted:
         return after
     if before.device == after.device and before.stride() == after.stride():

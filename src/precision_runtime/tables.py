@@ -61,9 +61,9 @@ def is_changed(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
 
 def law_of(table: torch.Tensor) -> str:
     """What kind of table these values are, as a noun; "" where they follow no law that is looked for."""
-    values = table.detach().squeeze().double()
-    if values.device.type == "meta" or not bool(values.isfinite().all()):
+    if not table.is_floating_point() or table.is_meta or not bool(table.isfinite().all()):
         return ""
+    values = table.detach().squeeze().double()
     if values.dim() == 1 and len(values) >= _LEAST_STEPS and _is_monotone(values):
         return "values in ascending or descending order, such as frequencies or positions"
     if values.dim() == 2 and len(values) >= _LEAST_ROWS and _are_sinusoids(values[:_MOST_ROWS]):
