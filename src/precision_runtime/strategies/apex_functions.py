@@ -9,16 +9,13 @@ Apex's rules stand above autocast, which casts the operands of matrix products a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from precision_runtime.casting import CAST
 from precision_runtime.errors import PrecisionError
-from precision_runtime.tree import leaves, map_tensors
 
 # Products and convolutions that are not here are on both lists: autocast casts them, and keeps its casts of weights.
 _HALF = ("addmv", "addr", "mv", "prelu", "conv_tbc")
@@ -71,33 +68,31 @@ class ApexFunctions(TorchFunctionMode):
 
 
 def _in_half(mode: ApexFunctions, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    args, kwargs = _cast((args, kwargs), torch.float32, mode.half)
-    return func(*args, **kwargs)
+    return func(*_cast(args, torch.float32, mode.half), **_cast_named(kwargs, torch.float32, mode.half))
 
 
 def _in_single(mode: ApexFunctions, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    args, kwargs = _cast((args, kwargs), mode.half, torch.float32)
-    return func(*args, **kwargs)
+    return func(*_cast(args, mode.half, torch.float32), **_cast_named(kwargs, mode.half, torch.float32))
 
 
 def _in_widest(mode: ApexFunctions, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Where half meets float32, also a float32 scalar tensor, which torch's own promotion would not count."""
-    if {mode.half, torch.float32} <= {t.dtype for _, t in leaves((args, kwargs), objects=False)}:
+    if _has(args, kwargs, mode.half) and _has(args, kwargs, torch.float32):
         return _in_single(mode, func, args, kwargs)
     return func(*args, **kwargs)
 
 
 def _as_first(mode: ApexFunctions, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """In place: the others follow the tensor that is written to."""
-    first, *rest = args
-    there = {mode.half: torch.float32, torch.float32: mode.half}
-    if first.dtype in there:
-        rest, kwargs = _cast((rest, kwargs), there[first.dtype], first.dtype)
-    return func(first, *rest, **kwargs)
+    target = args[0].dtype
+    if target is mode.half or target is torch.float32:
+        source = torch.float32 if target is mode.half else mode.half
+        args, kwargs = (args[0], *_cast(args[1:], source, target)), _cast_named(kwargs, source, target)
+    return func(*args, **kwargs)
 
 
 def _never_in_place(mode: ApexFunctions, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    if any(t.dtype is mode.half for _, t in leaves((args, kwargs), objects=False)):
+    if _has(args, kwargs, mode.half):
         name = func.__name__
         raise PrecisionError(
             f"apex-O1 runs {name.rstrip('_')} in float32, and {name} would write its result into a {mode.half} tensor. "
@@ -107,7 +102,7 @@ def _never_in_place(mode: ApexFunctions, func: Any, args: Sequence[Any], kwargs:
 
 
 def _banned(mode: ApexFunctions, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    if any(t.dtype is mode.half for _, t in leaves((args, kwargs), objects=False)):
+    if _has(args, kwargs, mode.half):
         raise PrecisionError(
             f"apex-O1 refuses {func.__name__} of {mode.half} tensors: probabilities near 0 and 1 do not survive there. "
             "Use binary_cross_entropy_with_logits (BCEWithLogitsLoss) without the sigmoid before it, or .float()."
@@ -115,10 +110,32 @@ def _banned(mode: ApexFunctions, func: Any, args: Sequence[Any], kwargs: Mapping
     return func(*args, **kwargs)
 
 
-def _cast(tree: Any, source: torch.dtype, target: torch.dtype) -> Any:
-    if not any(t.dtype is source for _, t in leaves(tree, objects=False)):
-        return tree
-    return map_tensors(lambda t: CAST[target](t) if t.dtype is source else t, tree, objects=False)
+# Tensors stand in these functions' arguments by themselves or in one list (cat). No general walk over trees: the
+# compiler must see through this.
+
+
+def _has(args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype) -> bool:
+    for value in (*args, *kwargs.values()):
+        for each in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(each, torch.Tensor) and each.dtype is dtype:
+                return True
+    return False
+
+
+def _cast(values: Sequence[Any], source: torch.dtype, target: torch.dtype) -> list[Any]:
+    return [_one(value, source, target) for value in values]
+
+
+def _cast_named(values: Mapping[str, Any], source: torch.dtype, target: torch.dtype) -> dict[str, Any]:
+    return {name: _one(value, source, target) for name, value in values.items()}
+
+
+def _one(value: Any, source: torch.dtype, target: torch.dtype) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(target) if value.dtype is source else value
+    if isinstance(value, (list, tuple)) and any(isinstance(each, torch.Tensor) for each in value):
+        return [_one(each, source, target) for each in value]
+    return value
 
 
 def _found(names: Iterable[str], *owners: Any) -> Iterator[Any]:
@@ -149,4 +166,4 @@ def _rules() -> dict[Any, Rule]:
     return {func: rule for rule, funcs in table for func in funcs}
 
 
-_RULES: Mapping[Any, Rule] = MappingProxyType(_rules())
+_RULES: dict[Any, Rule] = _rules()  # a plain dict: the compiler looks into no other with keys like these
