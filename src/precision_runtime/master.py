@@ -51,6 +51,14 @@ def master_of(parameter: torch.Tensor) -> torch.Tensor | None:
     return None if found is None else found.tensor
 
 
+def attach(model: nn.Module) -> None:
+    """Make checkpoints of ``model`` and its parts float32: the masters where there are some, or the half values."""
+    for part in model.modules():
+        if _give_full not in part._state_dict_hooks.values():
+            part.register_state_dict_post_hook(_give_full)
+            part.register_load_state_dict_pre_hook(_take_full)
+
+
 class NoMasters:
     """What the runtime has in modes without master weights: nothing happens."""
 
@@ -79,10 +87,7 @@ class Masters(NoMasters):
 
     def attach(self, model: nn.Module) -> None:
         """See ``NoMasters.attach``."""
-        for part in model.modules():
-            if _give_full not in part._state_dict_hooks.values():
-                part.register_state_dict_post_hook(_give_full)
-                part.register_load_state_dict_pre_hook(_take_full)
+        attach(model)
 
     def adopt(self, optimizer: Optimizer, strictly: bool = False) -> None:
         """See ``NoMasters.adopt``. Groups that were added since are adopted, too.

@@ -8,15 +8,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from precision_runtime.building import Building
 from precision_runtime.casting import CAST, FLOATING, TO, CastTable, cast_call
 from precision_runtime.forwarding import is_suspended
-from precision_runtime.master import keep_full
+from precision_runtime.master import attach, keep_full
 from precision_runtime.modes import Mode
 from precision_runtime.options import Options
 from precision_runtime.strategies.apex_functions import ApexFunctions
@@ -75,6 +77,19 @@ class MasterStrategy(HalfStrategy):
             if parameter.dtype is self.dtype and before.dtype is not self.dtype:
                 keep_full(parameter, before.to(torch.float32, copy=True))  # others may still hold what was there
         return module
+
+    def init_context(self) -> AbstractContextManager[None]:
+        """See ``Strategy.init_context``; checkpoints of what is made inside are float32 at once."""
+        return _Building(self)
+
+
+class _Building(Building):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        for root in self._roots() if kind is None else ():
+            attach(root)
 
 
 def _floating(norm: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
