@@ -22,6 +22,7 @@ from precision_runtime.errors import ConfigurationError, PrecisionError, Unsuppo
 from precision_runtime.gates import Gate
 from precision_runtime.islands import islands_in, keep
 from precision_runtime.keeping import Island
+from precision_runtime.ledger import Ledger
 from precision_runtime.lost import LostUpdates
 from precision_runtime.master import Masters, NoMasters
 from precision_runtime.modes import Mode, parse_mode
@@ -98,6 +99,7 @@ class PrecisionRuntime:
         self._models: list[weakref.ref[nn.Module]] = []
         self.updates: Updates = updates_from(updates, self.mode)
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._recorded: Ledger | None = None
         self._meter: LostUpdates | None = None
 
     def __repr__(self) -> str:
@@ -137,8 +139,7 @@ class PrecisionRuntime:
     @property
     def islands(self) -> tuple[Island, ...]:
         """The parts of the models set up here that stay wide, and why each does."""
-        models = [m for m in (ref() for ref in self._models) if m is not None]
-        return tuple(island for model in models for island in islands_in(model))
+        return tuple(island for model in self._alive() for island in islands_in(model))
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The mode's autocast, for what runs outside forward; null in modes without it."""
@@ -252,6 +253,35 @@ class PrecisionRuntime:
             found = torch.autograd.grad(outputs, inputs, create_graph=create_graph, **kwargs)
         return tuple(g if g is None or scale == 1.0 else _single(g) / scale for g in found)
 
+    def ledger(self, *models: nn.Module) -> Ledger:
+        """A ledger of the models set up here, or of ``models``: ``with rt.ledger() as ledger:`` around a step records
+        in which dtype each product, convolution and reduction really ran.
+
+        Outside of ``with`` it shows what was recorded last. It may be used on one step in a thousand; a step without it
+        costs nothing.
+        """
+        return Ledger(
+            *(models or self._alive()),
+            lane=f"{self.mode} on {self.device}",
+            tf32=self.mode.products == "tf32",
+            before=None if self._recorded is None else self._recorded.entries,
+            done=self._keep_ledger,
+        )
+
+    def verify(self, low_precision: float = 0.9) -> float:
+        """Raise ``PrecisionError`` where the step recorded last ran less than this share of its work in low precision,
+        and name the modules that ran in float32; otherwise return the share. Declared islands do not count.
+
+        Raises ``ConfigurationError`` where no step has been recorded.
+        """
+        return self.ledger().verify(low_precision)
+
+    def _keep_ledger(self, ledger: Ledger) -> None:
+        self._recorded = ledger
+
+    def _alive(self) -> tuple[nn.Module, ...]:
+        return tuple(m for m in (ref() for ref in self._models) if m is not None)
+
     def state_dict(self) -> dict[str, Any]:
         """The mode and the scaler's state, as builtins; where ``updates`` keep something beside weights, that, too."""
         updates = self.updates.state_dict(self._named())
@@ -282,7 +312,7 @@ class PrecisionRuntime:
 
     def _named(self) -> dict[str, torch.Tensor]:
         """Parameters by path in the models set up here; with several models each path begins with the model's class."""
-        models = [m for m in (ref() for ref in self._models) if m is not None]
+        models = self._alive()
         return {
             (f"{type(model).__name__}.{path}" if len(models) > 1 else path): parameter
             for model in models
