@@ -88,7 +88,9 @@ def widen_state(optimizer: Optimizer, wider: Mapping[torch.dtype, torch.dtype]) 
         if target is None:
             continue
         for key, value in state.items():
-            if torch.is_tensor(value) and value.dtype is parameter.dtype and value.shape == parameter.shape:
+            if (
+                torch.is_tensor(value) and value.dtype is parameter.dtype and value.dim()
+            ):  # Adafactor keeps rows, columns
                 state[key] = value.to(target)
 
 

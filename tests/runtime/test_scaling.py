@@ -8,7 +8,7 @@ from torch import nn
 
 from precision_runtime.errors import ConfigurationError
 from precision_runtime.runtime import PrecisionRuntime
-from precision_runtime.scaling import DynamicScaler, NullScaler, scaler_from
+from precision_runtime.scaling import DynamicScaler, NullScaler, StalledError, StallWarning, StaticScaler, scaler_from
 
 INF, NAN = float("inf"), float("nan")
 
@@ -205,7 +205,7 @@ def test_every_field_survives_the_state_dict():
 
 def test_a_foreign_state_is_refused_with_every_key():
     with pytest.raises(
-        ConfigurationError, match=r"missing \['backoff_factor', 'floor', .*unknown \['_growth_tracker'\]"
+        ConfigurationError, match=r"missing \['backoff_factor', 'ceiling', 'floor', .*unknown \['_growth_tracker'\]"
     ):
         DynamicScaler().load_state_dict({"scale": 1.0, "growth_factor": 2.0, "_growth_tracker": 0})
     with pytest.raises(ConfigurationError):
@@ -227,6 +227,7 @@ def test_a_grad_scaler_of_torch_is_adopted_and_kept_true():
     scales = [round_(rt, p, opt, f).scale for f in (1.0, 1.0, INF)]
     assert scales == [16.0, 32.0, 16.0]
     assert theirs.get_scale() == 16.0
+    assert theirs.state_dict()["_growth_tracker"] == 0
     rt.load_state_dict({**rt.state_dict(), "scaler": {**rt.scaler.state_dict(), "scale": 64.0}})
     assert theirs.get_scale() == rt.scaler.scale == 64.0
 
@@ -240,3 +241,181 @@ def test_what_is_no_scaler_is_refused():
     with pytest.raises(ConfigurationError, match="3 is no scaler"):
         scaler_from(3)
     assert not scaler_from(torch.amp.GradScaler("cpu", enabled=False)).enabled
+
+
+def test_a_scaler_of_torch_brings_its_state():
+    theirs = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=3)
+    theirs.load_state_dict({**theirs.state_dict(), "_growth_tracker": 2})
+    rt = PrecisionRuntime("16-mixed", "cpu", scaler=theirs)
+    p, opt = parameter(lr=0.0)
+    assert round_(rt, p, opt).scale == 32.0  # the third good round
+    assert round_(rt, p, opt).scale == 32.0
+    assert theirs.state_dict()["_growth_tracker"] == 1
+
+
+def test_a_sharded_scaler_of_torch_is_adopted_and_serves_the_cpu():
+    sharded = pytest.importorskip("torch.distributed.fsdp.sharded_grad_scaler").ShardedGradScaler
+    theirs = sharded(device="cpu", init_scale=64.0)
+    rt = PrecisionRuntime("16-mixed", "cpu", scaler=theirs)
+    p, opt = parameter()
+    assert (round_(rt, p, opt, INF).skipped, theirs.get_scale()) == (True, 32.0)
+    assert not round_(rt, p, opt).skipped
+    assert p.item() == 0.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it would be active")
+@pytest.mark.parametrize("kind", ["GradScaler", "ShardedGradScaler"])
+def test_a_scaler_that_switched_itself_off_is_refused_and_says_why(kind):
+    home = torch.amp if kind == "GradScaler" else pytest.importorskip("torch.distributed.fsdp.sharded_grad_scaler")
+    with pytest.warns(UserWarning, match="CUDA is not available"):
+        theirs = getattr(home, kind)()
+    assert not theirs.is_enabled()  # which is all that anybody would see
+    with pytest.raises(ConfigurationError, match=f"scaler={kind}: it is inactive.*'cuda'.*device='cpu'"):
+        PrecisionRuntime("16-mixed", "cpu", scaler=theirs)
+    assert not PrecisionRuntime("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", enabled=False)).scaler.enabled
+
+
+def test_a_static_scale_never_changes_and_skips_what_overflows():
+    rt = PrecisionRuntime("16-mixed", "cpu", scaler=StaticScaler(1000.0))
+    p, opt = parameter()
+    results = [round_(rt, p, opt, f) for f in (INF, 1.0, NAN, 1.0)]
+    assert [(r.skipped, r.scale) for r in results] == [(True, 1000.0), (False, 1000.0)] * 2
+    assert p.item() == pytest.approx(1.0 - 2.0, abs=1e-6)  # 1000 is no power of two: unscaling rounds
+    fresh = PrecisionRuntime("16-mixed", "cpu", scaler=StaticScaler(1.0))
+    fresh.load_state_dict(rt.state_dict())
+    assert fresh.state_dict() == rt.state_dict()
+    assert "It is static" in rt.scaler.explain()
+    for wrong in (0.0, -1.0, INF, NAN, 2.0**-127):
+        with pytest.raises(ConfigurationError, match="static loss scale lies in"):
+            StaticScaler(wrong)
+
+
+def test_the_ceiling_holds():
+    rt = runtime(init_scale=8.0, growth_interval=1, ceiling=24.0)
+    p, opt = parameter(lr=0.0)
+    assert [round_(rt, p, opt).scale for _ in range(4)] == [16.0, 24.0, 24.0, 24.0]
+    assert "ceiling, 24" in rt.scaler.explain()
+
+
+@pytest.mark.parametrize("scaler", [DynamicScaler(4.0, patience=3), StaticScaler(4.0, patience=3)], ids=["dyn", "fix"])
+def test_a_stall_is_told_once_with_the_culprits(scaler):
+    rt = PrecisionRuntime("16-mixed", "cpu", scaler=scaler)
+    model = nn.Linear(1, 1, bias=False)
+    model, opt = rt.setup(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    lowest = 2 if isinstance(scaler, DynamicScaler) else 0
+    for number in range(12):
+        opt.zero_grad()
+        rt.backward(model.weight.sum() * INF)
+        if number == lowest + 2:
+            with pytest.warns(StallWarning, match=r"^3 steps in a row were skipped.*gradient of weight was inf or NaN"):
+                rt.step(opt)
+        else:
+            rt.step(opt)  # a second warning would be an error
+    round_(rt, model.weight, opt)
+    for number in range(3):  # a new stall is told again
+        opt.zero_grad()
+        rt.backward(model.weight.sum() * INF)
+        if number == 2:
+            with pytest.warns(StallWarning):
+                rt.step(opt)
+        else:
+            rt.step(opt)
+
+
+def test_a_stall_can_end_the_training_or_be_ignored():
+    rt = runtime(init_scale=1.0, patience=2, on_stall="raise")
+    p, opt = parameter()
+    round_(rt, p, opt, INF)
+    with pytest.raises(StalledError, match="2 steps in a row"):
+        round_(rt, p, opt, INF)
+    rt = runtime(init_scale=1.0, patience=2, on_stall="ignore")
+    assert all(round_(rt, p, opt, INF).skipped for _ in range(5))
+    with pytest.raises(ValueError, match="on_stall 'panic' is unknown"):
+        DynamicScaler(on_stall="panic")
+
+
+def test_two_optimizers_tell_of_a_stall_once():
+    rt = runtime(init_scale=1.0, patience=1)
+    (p, a), (q, b) = parameter(), parameter()
+    rt.backward((p * INF + q * INF).sum())
+    with pytest.warns(StallWarning) as told:
+        rt.step(a), rt.step(b)
+    assert len(told) == 1
+
+
+def test_the_scaler_explains_its_scale():
+    rt = runtime(init_scale=16.0, growth_interval=2, floor=8.0, hysteresis=2)
+    model = nn.Linear(1, 1, bias=False)
+    model, opt = rt.setup(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    assert rt.scaler.explain() == (
+        "The loss scale is 16 after 0 rounds.\n"
+        "  It has been so from the beginning: no gradient was inf or NaN.\n"
+        "  It grows to 32 after 2 more good rounds in a row."
+    )
+    for factor in (1.0, 1.0, INF, INF, INF, INF, INF, 1.0):
+        opt.zero_grad()
+        rt.backward(model.weight.sum() * factor)
+        rt.step(opt)
+    because = "because of inf or NaN in the gradient of weight"
+    assert rt.scaler.explain() == (
+        "The loss scale is 8 after 8 rounds.\n"
+        "  round 2: the scale grew from 16 to 32\n"
+        f"  round 3: the scale stayed 32 (hysteresis) {because}\n"
+        f"  round 4: the scale fell from 32 to 16 {because}\n"
+        f"  round 5: the scale stayed 16 (hysteresis) {because}\n"
+        f"  round 6: the scale fell from 16 to 8 {because}\n"
+        f"  round 7: the scale stayed 8, for it can go no lower {because}\n"
+        "  It grows to 16 after 1 more good round in a row."
+    )
+    assert rt.scaler.history[1].culprits == ("weight",)
+    assert PrecisionRuntime("bf16-mixed", "cpu").scaler.explain() == "The loss is not scaled."
+
+
+def test_the_history_stays_short_and_goes_into_the_checkpoint():
+    rt = runtime(init_scale=2.0**60, growth_interval=1)
+    p, opt = parameter(lr=0.0)
+    for _ in range(50):
+        round_(rt, p, opt)
+    assert len(rt.scaler.history) == 32
+    assert rt.scaler.history[-1].round == rt.scaler.rounds == 50
+    fresh = runtime()
+    fresh.load_state_dict(rt.state_dict())
+    assert fresh.scaler.explain() == rt.scaler.explain()
+
+
+def test_overflow_in_the_first_micro_batch_skips_the_step():
+    rt = runtime(init_scale=8.0)
+    p, opt = parameter()
+    for factor in (INF, 1.0, 1.0):
+        rt.backward((p * factor).sum())
+    assert rt.step(opt).skipped
+    opt.zero_grad()
+    for factor in (1.0, 2.0, 3.0):
+        rt.backward((p * factor / 8).sum())
+    assert not rt.step(opt).skipped
+    assert p.item() == 1.0 - 6 / 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+def test_gradients_of_every_dtype_are_unscaled_and_checked(dtype):
+    rt = runtime(init_scale=1024.0)
+    p = nn.Parameter(torch.ones(3, dtype=dtype))
+    opt = torch.optim.SGD([p], lr=1.0)
+    rt.backward((p * 2).abs().sum())
+    assert not rt.step(opt).skipped
+    assert torch.equal(p, torch.full((3,), -1.0, dtype=dtype))
+    opt.zero_grad()
+    rt.backward((p * 2).abs().sum())
+    p.grad[1] *= complex("nan") if dtype.is_complex else NAN
+    assert rt.step(opt).skipped
+
+
+def test_a_device_without_the_kernel_gets_the_plain_operations(monkeypatch):
+    def missing(*args):
+        raise NotImplementedError
+
+    monkeypatch.setattr(torch, "_amp_foreach_non_finite_check_and_unscale_", missing)
+    rt = runtime(init_scale=1024.0)
+    p, opt = parameter()
+    assert [round_(rt, p, opt, f).skipped for f in (1.0, INF, NAN, 1.0)] == [False, True, True, False]
+    assert p.item() == -1.0
