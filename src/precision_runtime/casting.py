@@ -81,7 +81,7 @@ def cast_module(module: nn.Module, table: CastTable) -> nn.Module:
     """
     if not table:
         return module
-    kept = _kept_in_float32(module, set(table.values()))
+    kept = kept_in_float32(module, set(table.values()))
     done: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # keeps the key's tensor alive, so that no id comes twice
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
@@ -104,7 +104,7 @@ _DECLARATIONS: Mapping[torch.dtype, tuple[str, ...]] = MappingProxyType(
 )
 
 
-def _kept_in_float32(module: nn.Module, targets: set[torch.dtype]) -> dict[int, torch.Tensor]:
+def kept_in_float32(module: nn.Module, targets: set[torch.dtype]) -> dict[int, torch.Tensor]:
     """The tensors, by id, that a Hugging Face model inside ``module`` declares to need float32.
 
     As when transformers loads a model, a declared name is a pattern (``*`` for anything) sought anywhere in the path
