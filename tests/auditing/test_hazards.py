@@ -497,3 +497,35 @@ def test_a_result_that_is_an_attribute_keeps_its_value_in_the_reference(mode: st
     report = audit(lambda x: memory(x) + memory(x), torch.randn(16, 8), mode=mode, gradients=False)
     assert report.ok, str(report)
     assert report.calls == 2
+
+
+class Attention(nn.Module):
+    """Attends with a mask that leaves the last query nothing to look at."""
+
+    def __init__(self, fill: float) -> None:
+        super().__init__()
+        self.project = nn.Linear(16, 48)
+        self.fill = fill
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.project(x)[:, None].chunk(3, -1)
+        mask = torch.zeros(x.shape[1], x.shape[1])
+        mask[-1] = self.fill
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
+
+
+@pytest.mark.parametrize("mode", ["bf16-mixed", "bf16-true", "32-true"])
+def test_what_comes_out_of_an_entirely_masked_row_is_nobodys_concern(mode: str) -> None:
+    torch.manual_seed(0)
+    # float32's smallest number is -inf in bfloat16: torch then gives 0 where float32 gives the average of all values.
+    report = audit(Attention(torch.finfo(torch.float32).min), torch.randn(2, 6, 16), mode=mode)
+    assert report.ok, str(report)
+
+
+def test_small_activations_lose_what_the_steps_of_subnormal_numbers_cost() -> None:
+    torch.manual_seed(0)
+    # Activations of 1e-6 are 17 steps of float16: some signs in front of the ReLU depend on their rounding.
+    net = nn.Sequential(nn.Conv2d(8, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 2, 1))
+    nn.init.normal_(net[0].weight, std=0.02)  # type: ignore[arg-type]
+    report = audit(net.eval(), 1e-5 * torch.randn(2, 8, 16, 16), mode="16-true")
+    assert report.ok, str(report)

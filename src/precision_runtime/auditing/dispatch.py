@@ -16,8 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from precision_runtime import forwarding
 from precision_runtime.auditing.defects import KnownDefect, defect_of
+from precision_runtime.auditing.masking import MASKED, Masking
 from precision_runtime.auditing.noise import Noise, is_count
 from precision_runtime.auditing.randomness import Draw, draw_of
+from precision_runtime.formats import FORMATS
 
 aten = torch.ops.aten
 
@@ -84,15 +86,17 @@ class TrueDouble(TorchDispatchMode):
     - a floating ``dtype=`` narrower than 64 bits (``.float()``, ``softmax(dtype=...)``, factories) becomes FP64;
     - narrower floating operands are widened first (constants that user code made in FP32);
     - an op without an FP64 kernel runs on FP32 copies and its results are widened (``fallbacks`` lists them);
-    - random draws are made as in the low-precision run.
+    - random draws are made as in the low-precision run;
+    - entirely masked rows of attention are settled as there (``masking``).
 
     With ``noise`` some ops are disturbed besides what a ``Recorder`` disturbs: operands of ``_CANCELLING`` ops, and
     operands of decisions and results of norms that had been rounded to the mode's dtype when the low-precision run came
     to the same place. ``marks`` says so: an iterator for each open module call, innermost last.
     """
 
-    def __init__(self, noise: Noise | None = None, marks: Sequence[bool] = ()) -> None:
+    def __init__(self, noise: Noise | None = None, marks: Sequence[bool] = (), masking: Masking | None = None) -> None:
         super().__init__()
+        self._masking = masking or Masking(FORMATS["float64"])
         self.fallbacks: set[str] = set()
         self.marks: list[Iterator[bool]] = [iter(marks)]
         self._noise = noise
@@ -118,6 +122,8 @@ class TrueDouble(TorchDispatchMode):
         if self._noise is not None and not writes:
             args = self._disturbed(func, args)
         try:
+            if func._schema.name in MASKED:
+                return self._masking.run(func, args, kwargs)
             result = func(*args, **kwargs)
         except (RuntimeError, NotImplementedError) as error:
             return self._narrow(func, args, kwargs, writes, error)
@@ -132,7 +138,7 @@ class TrueDouble(TorchDispatchMode):
         if name in _CANCELLING:
             return tuple(_each(noise, a) for a in args)
         if is_decision(func, args) and next(self.marks[-1], False):
-            return tuple(_each(lambda t: t if is_count(t) else noise(t), a) for a in args)
+            return tuple(_each(lambda t: t if is_count(t) else noise.rounded(t), a) for a in args)
         return args
 
     @staticmethod
@@ -190,9 +196,9 @@ class LowWatch(TorchDispatchMode):
     that were met; those are computed rightly instead, so that they hide nothing else.
     """
 
-    def __init__(self, low: torch.dtype) -> None:
+    def __init__(self, low: torch.dtype, masking: Masking | None = None) -> None:
         super().__init__()
-        self._low = low
+        self._low, self._masking = low, masking or Masking(FORMATS["float64"])
         self.products: set[torch.dtype] = set()
         self.frames: list[Trace] = [Trace()]
         self.defects: dict[str, tuple[KnownDefect, float]] = {}
@@ -211,7 +217,10 @@ class LowWatch(TorchDispatchMode):
             return draw(func, args, kwargs)
         if is_decision(func, args):
             self.frames[-1].decisions.append(_is_rounded(args[0], self._low))
-        result = func(*args, **kwargs)
+        if func._schema.name in MASKED:
+            result = self._masking.run(func, args, kwargs)
+        else:
+            result = func(*args, **kwargs)
         if func._schema.name in _NORMS:
             self.frames[-1].decisions.append(_is_rounded(result, self._low))
         if defect is not None:

@@ -53,6 +53,7 @@ class Judge:
         self.verdicts: list[Verdict] = []
         self.remarks: dict[tuple[str, str], str] = {}
         self.replays = Replays(worlds, low, yardstick)
+        self._flipped: set[int] = set()  # calls, by id, with a decision that fell otherwise than in FP64
         self.cover: Call | None = None  # the call that is the whole function
         self.true_grads = true_grads  # of the whole reference, by id of the low run's parameter
         self.reference = Run([])  # of the whole function, with what makes its perturbed runs
@@ -180,7 +181,12 @@ class Judge:
                 continue
             verdict = Verdict(call, where, [j for j, _ in entries], consequence=where in failed)
             verdict.failed = verdict.score > self.yardstick.limit
-            if where == "forward" and sample is not None and not verdict.failed:
+            flips = any(p.decision and j.error > 0 for j, p in entries)
+            if flips and call is not None:
+                self._flipped.add(id(call))
+            # Where a decision fell the other way the error says how far the alternatives lie apart, not how steep.
+            flips = flips or any(id(c) in self._flipped for c in (self.low.calls if call is None else call.subtree()))
+            if where == "forward" and sample is not None and not verdict.failed and not flips:
                 verdict.amplification = self._amplification(judged, sheet, sample)
             self.verdicts.append(verdict)
             if verdict.failed or (self.yardstick.mixed and verdict.amplification > 0.0):

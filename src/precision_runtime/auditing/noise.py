@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from precision_runtime.formats import FORMATS
 from precision_runtime.tree import leaves, map_tensors
 
 # Every half format is exact for whole numbers up to bfloat16's 256. Larger ones in a floating tensor are positions,
@@ -19,6 +20,9 @@ EXACT_INTEGERS = 256.0
 # Fresh draws would take longer than everything else in a perturbed run. So xi is read from one table, from a random
 # place for each tensor; its length is a prime, so that no shape of a longer tensor falls in step with it.
 _PERIOD = 1_048_583
+
+# Beside a tensor whose largest value costs this many steps, half a step is nothing.
+_FINE = 64.0
 
 
 @functools.cache
@@ -41,21 +45,35 @@ def _uniform(start: int, count: int) -> torch.Tensor:
 
 
 class Noise:
-    """Multiplies by (1 + u xi), xi uniform in [-1, 1], from a place of its own in the table (seed and sample)."""
+    """Multiplies by (1 + u xi), xi uniform in [-1, 1], from a place of its own in the table (seed and sample).
 
-    def __init__(self, u: float, seed: int, sample: int) -> None:
-        self.u = u
+    Where values are small, rounding costs half a ``step`` of the format's subnormal numbers instead: ``rounded`` adds
+    step xi / 2. Exact zeros stay. Steps that float32 cannot even resolve are left out.
+    """
+
+    def __init__(self, u: float, seed: int, sample: int, step: float = 0.0) -> None:
+        self.u, self.step = u, step if step > FORMATS["float32"].smallest_normal else 0.0
         self._seed = (seed * 1_000_003 + sample * 7919 + 12345) % 2**63
         self._generator = torch.Generator().manual_seed(self._seed)
 
     def fixed(self, key: str) -> Noise:
         """Noise that starts anew from ``key`` each time: the same key and shapes give the same disturbance."""
-        twin = Noise(self.u, 0, 0)
+        twin = Noise(self.u, 0, 0, self.step)
         twin._generator.manual_seed(self._seed ^ zlib.crc32(key.encode()))
         return twin
 
     def __call__(self, t: torch.Tensor) -> torch.Tensor:
-        """Disturb a floating or complex tensor; anything else is returned as it is."""
+        """Disturb a floating or complex tensor relative to its values; anything else is returned as it is."""
+        return self._disturbed(t, 0.0)
+
+    def rounded(self, t: torch.Tensor) -> torch.Tensor:
+        """Disturb an operand of a forward pass as rounding it to the format would, small values included.
+
+        Gradients are not disturbed so: a loss scale would have kept them, and its absence is to be found.
+        """
+        return self._disturbed(t, self.step)
+
+    def _disturbed(self, t: torch.Tensor, step: float) -> torch.Tensor:
         if not (t.is_floating_point() or t.is_complex()) or t.numel() == 0 or t.layout is not torch.strided:
             return t
         if t.is_nested:
@@ -63,22 +81,25 @@ class Noise:
         with torch._C._DisableTorchDispatch():  # the audit's own draws are none of the judged code's
             start = int(torch.randint(_PERIOD, (), generator=self._generator))
             xi = _uniform(start, t.numel()).view(t.shape).to(t.device, t.dtype)
-        return torch.addcmul(t, t, xi, value=self.u)
+            disturbed = torch.addcmul(t, t, xi, value=self.u)
+            if step and not t.is_complex() and self.u * float(t.detach().abs().max()) < _FINE * step:
+                disturbed = torch.addcmul(disturbed, xi, (t != 0).to(t.dtype), value=step / 2.0)
+        return disturbed
 
     def inputs(self, value: Any, exact: Exact) -> Any:
         """Disturb inputs: all but those that the mode does not round (``exact``) and counts (``EXACT_INTEGERS``)."""
-        return map_tensors(lambda t: t if is_count(t) or exact.holds(t) else self(t), value)
+        return map_tensors(lambda t: t if is_count(t) or exact.holds(t) else self.rounded(t), value)
 
     def parameters(self, true: Mapping[int, torch.Tensor], used: set[int]) -> dict[int, torch.Tensor]:
         """Disturbed copies of the parameters in ``used`` (by id)."""
-        return {key: self(value) for key, value in true.items() if key in used}
+        return {key: self.rounded(value) for key, value in true.items() if key in used}
 
     def buffers(self, true: Mapping[tuple[int, str], torch.Tensor]) -> dict[tuple[int, str], torch.Tensor]:
         """Disturbed copies of the buffers: for full modes only, where a table in the mode's own dtype is an operand.
 
         In half modes buffers are never disturbed, so that a table which the cast has ruined shows.
         """
-        return {key: value if is_count(value) else self(value) for key, value in true.items()}
+        return {key: value if is_count(value) else self.rounded(value) for key, value in true.items()}
 
 
 class Exact:

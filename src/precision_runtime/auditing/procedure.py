@@ -17,8 +17,11 @@ from precision_runtime.auditing.discover import find_modules, name_of
 from precision_runtime.auditing.dispatch import LowWatch, Trace, TrueDouble, plain_double
 from precision_runtime.auditing.failing import error_finding, user_line
 from precision_runtime.auditing.judge import Judge
+from precision_runtime.auditing.masking import Masking
 from precision_runtime.auditing.noise import Exact, Noise
+from precision_runtime.auditing.opblame import blame_op
 from precision_runtime.auditing.originals import Originals
+from precision_runtime.auditing.proof import Stage
 from precision_runtime.auditing.randomness import reseed, seeded
 from precision_runtime.auditing.recorder import Call, Recorder
 from precision_runtime.auditing.recurrent import noisy_states
@@ -108,6 +111,7 @@ class _Trial:
         if strategy.device.type != "cpu":
             self.args, self.kwargs = map_tensors(lambda t: t.to(strategy.device), (args, kwargs))
         self.remarks: list[Remark] = []
+        self._masking = Masking(mode.format)
 
     def report(self) -> Report:
         worlds = Worlds(self.roots, self.originals)
@@ -132,7 +136,13 @@ class _Trial:
         except Exception as error:
             raise self._no_reference(worlds, error) from error
         judge = self._judge(worlds, low, reference)
-        findings, remarks = findings_of(judge)
+        stage = Stage(
+            self.function, self.args, self.kwargs, self.mode, self.strategy, self.seed, worlds,
+            list(self._parameters.values()), _parameter_names(worlds), low, judge,
+            lambda: LowWatch(getattr(torch, self.mode.compute), self._masking),
+            lambda: TrueDouble(masking=self._masking),
+        )  # fmt: skip
+        findings, remarks = findings_of(judge, lambda verdict: blame_op(stage, verdict))
         findings = [*self._not_applied(low), *findings]
         self.remarks += remarks
         self.remarks += [Remark("not-judged", text, module) for (module, _), text in judge.remarks.items()]
@@ -193,7 +203,7 @@ class _Trial:
         return self._low_once(worlds)
 
     def _low_once(self, worlds: Worlds) -> Run:
-        self._watch = LowWatch(getattr(torch, self.mode.compute))
+        self._watch = LowWatch(getattr(torch, self.mode.compute), self._masking)
         # An autocast around the audit is none of the mode's.
         with worlds.low(), torch.autocast(self.strategy.device.type, enabled=False), self._watch:
             reseed(self.seed)
@@ -222,7 +232,7 @@ class _Trial:
         with (
             worlds.true(parameters=parameters, buffers=buffers),
             plain_double(),
-            TrueDouble(noise, self._watch.frames[0].decisions) as mode,
+            TrueDouble(noise, self._watch.frames[0].decisions, self._masking) as mode,
         ):
             reseed(self.seed)
             inputs = widen_tree((self.args, self.kwargs))
@@ -280,6 +290,7 @@ class _Trial:
             self._exact,
             self._alike,
             not self.mode.low,
+            self._masking,
         )
         names = _parameter_names(worlds)
         true_grads = {k: reference.parameter_grads[n] for k, n in names.items() if n in reference.parameter_grads}
@@ -300,10 +311,15 @@ class _Trial:
 
         def sample(number: int, width: float) -> Sample:
             # Decisions were rounded in other places in other modes.
-            key = (width * forward_u, self._exact.key, tuple(d for c in low.calls for d in c.trace.decisions))
+            key = (
+                width * forward_u,
+                width * step,
+                self._exact.key,
+                tuple(d for c in low.calls for d in c.trace.decisions),
+            )
             made = reference.samples.setdefault(key, [])
             while len(made) <= number:
-                run, _ = self._true(worlds, Noise(width * forward_u, self.seed, len(made)))
+                run, _ = self._true(worlds, Noise(width * forward_u, self.seed, len(made), width * step))
                 made.append(sample_of(run, names))
             return made[number]
 

@@ -193,7 +193,7 @@ class Recorder:
         noise = self.perturb.fixed(name) if name in self.alike else self.perturb
 
         def disturb(t: torch.Tensor) -> torch.Tensor:
-            new = noise(t)
+            new = noise.rounded(t)
             if new is not t and new.requires_grad:
                 new.register_hook(noise)
             return new

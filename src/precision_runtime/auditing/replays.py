@@ -11,6 +11,7 @@ from torch import nn
 from precision_runtime import forwarding
 from precision_runtime.auditing.dispatch import TrueDouble, plain_double
 from precision_runtime.auditing.failing import first_line
+from precision_runtime.auditing.masking import Masking
 from precision_runtime.auditing.noise import Exact, Noise
 from precision_runtime.auditing.recorder import Call, Recorder
 from precision_runtime.auditing.recurrent import noisy_states
@@ -34,6 +35,7 @@ class Yardstick:
     exact: Exact
     alike: frozenset[str]  # modules that run again during backward
     tables: bool  # whether buffers, too, are operands that the mode rounds
+    masking: Masking
 
 
 class Replays:
@@ -48,7 +50,11 @@ class Replays:
     def true(self, call: Call, buffers: dict[tuple[int, str], torch.Tensor] | None = None) -> Run | None:
         """Run the call's module in FP64 on the call's actual inputs and incoming gradient."""
         try:
-            with self.worlds.true(state=call.state, buffers=buffers), plain_double(), TrueDouble() as mode:
+            with (
+                self.worlds.true(state=call.state, buffers=buffers),
+                plain_double(),
+                TrueDouble(masking=self.yardstick.masking) as mode,
+            ):
                 assert call.rng is not None
                 call.rng.restore()
                 args, kwargs = widen_tree((call.args, call.kwargs))
@@ -81,7 +87,8 @@ class Replays:
 
     def sample(self, call: Call, number: int, width: float) -> Sample:
         """The call's ``number``-th perturbed run, disturbed by ``width`` times the mode's unit roundoff."""
-        noise = Noise(width * self.yardstick.own_u(call, "forward"), self.yardstick.seed, number)
+        u = width * self.yardstick.own_u(call, "forward")
+        noise = Noise(u, self.yardstick.seed, number, width * self.yardstick.step)
         used = {id(p) for p in call.module.parameters()}
         disturbed = noise.parameters(self.worlds.true_parameters, used)
         tables = {k: b for k, b in self.worlds.true_buffers.items() if k[0] in {id(m) for m in call.module.modules()}}
@@ -89,7 +96,7 @@ class Replays:
         with (
             self.worlds.true(parameters=disturbed, buffers=buffers, state=call.state),
             plain_double(),
-            TrueDouble(noise) as mode,
+            TrueDouble(noise, masking=self.yardstick.masking) as mode,
         ):
             assert call.rng is not None
             call.rng.restore()

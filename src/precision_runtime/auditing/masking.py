@@ -1,0 +1,53 @@
+"""Rows of torch's own attention that are masked entirely: nothing is attended to, so they have no right result.
+
+``scaled_dot_product_attention`` gives 0 where the mask is -inf in every place, and an average of everything where it
+is a large negative number: which of the two depends on how float32's smallest number rounds to the mode's dtype.
+Callers throw such rows away (they belong to padding). So they are 0 in every run of an audit, and no gradient comes in
+through them. A row that comes out as NaN stays as it is, since that spreads; and a plain softmax is judged as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from precision_runtime.formats import Format
+
+_SOFTMAX = frozenset(("aten::_safe_softmax",))
+_ATTENTION = frozenset(
+    f"aten::_scaled_dot_product_{name}" for name in ("flash_attention_for_cpu", "efficient_attention")
+)
+_BACKWARD = frozenset(f"{name}_backward" for name in _ATTENTION)
+MASKED = _SOFTMAX | _ATTENTION | _BACKWARD
+
+
+class Masking:
+    """Runs the ops of ``MASKED``. Half of the largest value of ``format_``, negative, is what no score comes to."""
+
+    def __init__(self, format_: Format) -> None:
+        self._limit = -format_.max / 2.0
+
+    def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """``func(*args, **kwargs)`` with entirely masked rows settled."""
+        name = func._schema.name
+        if name in _SOFTMAX:
+            return self._settled(func(*args, **kwargs), args[0], int(args[1]))
+        shift = 1 if name in _BACKWARD else 0
+        mask = kwargs.get("attn_mask", args[3 + shift] if name.startswith("aten::_scaled_dot_product_eff") else None)
+        if not isinstance(mask, torch.Tensor) or not mask.is_floating_point():
+            return func(*args, **kwargs)
+        if shift:
+            rows = (mask <= self._limit).all(-1, keepdim=True)
+            return func(args[0].masked_fill(rows, 0.0), *args[1:], **kwargs) if rows.any() else func(*args, **kwargs)
+        first, *others = func(*args, **kwargs)
+        return (self._settled(first, mask, -1), *others)
+
+    def _settled(self, result: torch.Tensor, scores: torch.Tensor, dim: int) -> torch.Tensor:
+        if not scores.is_floating_point() or not scores.dim() or not scores.numel():
+            return result
+        rows = scores.amax(dim, keepdim=True) <= self._limit
+        if not rows.any():
+            return result
+        return torch.where(rows & result.isfinite(), torch.zeros((), dtype=result.dtype, device=result.device), result)
