@@ -8,6 +8,7 @@ the dtype of a result shows it. Probes draw no random numbers.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ class Machine:
         return self._once(("autocast", accelerator, dtype), lambda: _autocast_result(self.device(accelerator), dtype))
 
     def emulation(self, accelerator: str, dtype: str) -> str | None:
-        """Why ``dtype`` (or the format "tf32") is emulated on ``accelerator`` although it runs; None when native."""
+        """Why ``dtype`` (or "tf32", or an FP8 recipe) is emulated on ``accelerator`` although it runs; None: native."""
         probe = _EMULATION.get((accelerator, dtype))
         return None if probe is None else self._once(("emulation", accelerator, dtype), probe)
 
@@ -207,10 +208,46 @@ def _no_tf32_units(accelerator: str) -> str | None:
 
 _NO_TF32 = "operands of each product are rounded to TF32's 10 bits beforehand,"
 
+def _no_float8(accelerator: str, recipe: str) -> str | None:
+    if accelerator != "cuda":
+        return f"{_NO_FLOAT8} because NVIDIA's transformer_engine runs on CUDA GPUs alone, not on {accelerator}"
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < (8, 9):
+        return (
+            f"{_NO_FLOAT8} because {torch.cuda.get_device_name()} (compute capability {major}.{minor}) has no FP8 "
+            "units, which came with 8.9"
+        )
+    if importlib.util.find_spec("transformer_engine") is None:
+        install = "pip install 'pytest-precision[transformer-engine]'"
+        return f"{_NO_FLOAT8} because the package transformer_engine is not installed ({install})"
+    try:
+        te = importlib.import_module("transformer_engine.pytorch.fp8")
+        works, reason = getattr(te.FP8GlobalStateManager, _FLOAT8[recipe])()
+    except Exception as error:
+        return f"{_NO_FLOAT8} because transformer_engine is installed, but does not work: {_first_line(error)}"
+    return None if works else f"{_NO_FLOAT8} because transformer_engine cannot run {recipe} here: {reason}"
+
+
+_NO_FLOAT8 = "operands of FP8 layers are rounded beforehand, their products summed in float32,"
+
+# How transformer_engine is asked whether this GPU has what a recipe needs.
+_FLOAT8 = MappingProxyType(
+    {
+        "DelayedScaling": "is_fp8_available",
+        "Float8CurrentScaling": "is_fp8_available",
+        "Float8BlockScaling": "is_fp8_block_scaling_available",
+        "MXFP8BlockScaling": "is_mxfp8_available",
+        "NVFP4BlockScaling": "is_nvfp4_available",
+    }
+)
+
 _EMULATION: MappingProxyType[tuple[str, str], Callable[[], str | None]] = MappingProxyType(
     {
         ("cuda", "bfloat16"): _cuda_bfloat16,
         **{(name, "tf32"): partial(_no_tf32_units, name) for name in ACCELERATORS},
+        **{(name, recipe): partial(_no_float8, name, recipe) for name in ACCELERATORS for recipe in _FLOAT8},
     }
 )
 

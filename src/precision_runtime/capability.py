@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Literal
 
 from precision_runtime.accelerators import Machine, machine, name_of
+from precision_runtime.float8.recipes import parse_recipe
 from precision_runtime.modes import Mode, parse_mode
 
 Status = Literal["native", "emulated", "unsupported"]
@@ -31,15 +33,17 @@ class Support:
         return f"{self.mode} on {self.accelerator}: {self.status} ({self.reason})"
 
 
-def support(mode: object, accelerator: object = "auto") -> Support:
+def support(mode: object, accelerator: object = "auto", recipe: object = None) -> Support:
     """Say whether this machine runs ``mode`` on ``accelerator``, found by trying it; a bad answer is no exception.
 
-    The probes run once per process. Raises ``UnknownNameError`` for names that do not exist.
+    ``recipe``: of the FP8 modes, since GPUs differ in those that they have units for. The probes run once per process.
+    Raises ``UnknownNameError`` for names that do not exist.
     """
     parsed = parse_mode(mode)
     name = name_of(accelerator)
     here = machine()
-    for check in _CHECKS:
+    checks: tuple[Check, ...] = (*_CHECKS, partial(_float8, recipe))
+    for check in checks:
         answer = check(here, parsed, name)
         if answer is not None:
             return Support(parsed.name, name, *answer)
@@ -83,6 +87,16 @@ def _emulated(here: Machine, mode: Mode, name: str) -> tuple[Status, str] | None
         if reason is not None:
             return "emulated", reason
     return None
+
+
+def _float8(recipe: object, here: Machine, mode: Mode, name: str) -> tuple[Status, str] | None:
+    if mode.family != "float8":
+        return None
+    parsed = type(parse_recipe(recipe)).__name__
+    reason = here.emulation(name, parsed)
+    if reason is not None:
+        return "emulated", reason
+    return "native", f"NVIDIA's transformer_engine runs {parsed} on this GPU"
 
 
 _CHECKS: tuple[Check, ...] = (_present, _arithmetic, _autocasts, _emulated)

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from precision_runtime.errors import ConfigurationError, unknown_names
+from precision_runtime.float8.recipes import Recipe, parse_recipe
 from precision_runtime.modes import MODES, Mode, parse_mode
 
 
@@ -86,6 +87,19 @@ def with_dtypes(mode: Mode, compute_dtype: object = None, weights_dtype: object 
             raise unknown_names("dtype", [text], list(_DTYPES), f"{name} of {mode}")
         mode = replace(mode, params=text, compute=text)
     return mode
+
+
+def recipe_of(mode: Mode, recipe: object) -> Recipe | None:
+    """The FP8 recipe that ``recipe`` means in an FP8 mode, None in others.
+
+    Raises ``ConfigurationError`` where a mode takes none, and as ``parse_recipe`` does.
+    """
+    if mode.family == "float8":
+        return parse_recipe(recipe)
+    if recipe is not None:
+        takes = ", ".join(m.name for m in MODES.values() if m.family == "float8")
+        raise ConfigurationError(f"{mode} takes no recipe; these modes do: {takes}")
+    return None
 
 
 _DTYPES = ("float16", "bfloat16", "float32")

@@ -27,7 +27,7 @@ from precision_runtime.lost import LostUpdates
 from precision_runtime.master import Masters, NoMasters
 from precision_runtime.modes import Mode, parse_mode
 from precision_runtime.optimizers import warn_of_fatal
-from precision_runtime.options import Options, islands_of, mode_of, names_of, with_dtypes
+from precision_runtime.options import Options, islands_of, mode_of, names_of, recipe_of, with_dtypes
 from precision_runtime.scaling import NullScaler, Scaler, scaler_from
 from precision_runtime.strategies import Strategy, strategy_for
 from precision_runtime.updates import Updates, updates_from
@@ -83,9 +83,9 @@ class PrecisionRuntime:
         amp_level: object = None,
     ) -> None:
         self.mode: Mode = with_dtypes(mode_of(mode, amp_backend, amp_level), compute_dtype, weights_dtype)
-        options = Options(names_of(ignore_modules, "ignore_modules"), recipe, *islands_of(islands))
+        options = Options(names_of(ignore_modules, "ignore_modules"), recipe_of(self.mode, recipe), *islands_of(islands))
         self.device: torch.device = resolve(accelerator)
-        self.support = support(self.mode, self.device)
+        self.support = support(self.mode, self.device, options.recipe)
         if not self.support.ok:
             raise UnsupportedError(f"{self.mode} cannot run on {self.support.accelerator}: {self.support.reason}")
         if scaler is not None and not self.mode.scaled:

@@ -11,6 +11,7 @@ from precision_runtime.modes import Mode
 from precision_runtime.options import Options
 from precision_runtime.strategies.apex import apex
 from precision_runtime.strategies.base import Strategy
+from precision_runtime.strategies.float8 import Float8Strategy
 from precision_runtime.strategies.full import FullStrategy
 from precision_runtime.strategies.half import HalfStrategy
 from precision_runtime.strategies.mixed import MixedStrategy
@@ -22,6 +23,7 @@ _FAMILIES: MappingProxyType[str, Callable[[Mode, torch.device, Options], Strateg
         "true": HalfStrategy,
         "mixed": MixedStrategy,
         "tf32": Tf32Strategy,
+        "float8": Float8Strategy,
         "apex": apex,
     }
 )
