@@ -3,7 +3,8 @@
 The optimizer's ``param_groups`` hold the masters, so its state is float32, and ``optimizer.state_dict()`` needs no
 help. After each backward pass the half gradients move to the masters, where they accumulate, are unscaled and clipped;
 after each step the masters are rounded into the model. A model's ``state_dict()`` gives the masters, in float32: with
-it, the optimizer's and the runtime's state a run goes on bit by bit, and a float32 model loads it as it is.
+it, the optimizer's and the runtime's state a run goes on bit by bit, and a float32 model loads it as it is. An
+optimizer's state is to be loaded after ``setup(model, optimizer)``: before it, torch would round it to half.
 
 (Micikevicius et al., "Mixed Precision Training", 2018, section 3.1; NVIDIA Apex, level O2.)
 """

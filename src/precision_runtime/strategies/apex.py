@@ -96,7 +96,7 @@ def _floating(norm: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor | N
     """The values and gradients of a norm's own tensors as they are now, in float32."""
     single = CAST[torch.float32]
     return {
-        name: (single(t.detach()), None if t.grad is None else single(t.grad))
+        name: (single(t.detach()), None if t.grad is None else single(t.grad.detach()))
         for name, t in (*norm._parameters.items(), *norm._buffers.items())
         if t is not None and t.dtype in FLOATING
     }
