@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -55,6 +57,15 @@ class Machine:
         """Why ``dtype`` (or "tf32", or an FP8 recipe) is emulated on ``accelerator`` although it runs; None: native."""
         probe = _EMULATION.get((accelerator, dtype))
         return None if probe is None else self._once(("emulation", accelerator, dtype), probe)
+
+    def quantized_error(self, accelerator: str, storage: str) -> str | None:
+        """Why layers stored as ``storage`` ("nf4-dq") cannot run on ``accelerator``; None when they do."""
+        missing = self._once(("bitsandbytes",), _no_bitsandbytes)
+        if missing is not None:
+            return missing
+        return self._once(
+            ("quantized", accelerator, storage), lambda: _quantized_error(self.device(accelerator), storage)
+        )
 
     def device(self, accelerator: str) -> torch.device:
         """The torch device that stands for ``accelerator``: the current one where there are several."""
@@ -208,6 +219,7 @@ def _no_tf32_units(accelerator: str) -> str | None:
 
 _NO_TF32 = "operands of each product are rounded to TF32's 10 bits beforehand,"
 
+
 def _no_float8(accelerator: str, recipe: str) -> str | None:
     if accelerator != "cuda":
         return f"{_NO_FLOAT8} because NVIDIA's transformer_engine runs on CUDA GPUs alone, not on {accelerator}"
@@ -250,6 +262,43 @@ _EMULATION: MappingProxyType[tuple[str, str], Callable[[], str | None]] = Mappin
         **{(name, recipe): partial(_no_float8, name, recipe) for name in ACCELERATORS for recipe in _FLOAT8},
     }
 )
+
+
+_BITSANDBYTES = (0, 46)  # the first release with 4- and 8-bit operators for the CPU
+
+
+def _no_bitsandbytes() -> str | None:
+    install = "pip install 'pytest-precision[bitsandbytes]'"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return f"the package bitsandbytes is not installed ({install})"
+    version = importlib.metadata.version("bitsandbytes")
+    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < _BITSANDBYTES:
+        needed = ".".join(map(str, _BITSANDBYTES))
+        return f"bitsandbytes {version} is installed, and {needed} is the oldest that will do ({install})"
+    return None
+
+
+def _quantized_error(device: torch.device, storage: str) -> str | None:
+    import torch
+
+    try:
+        from precision_runtime.layers.library import bnb
+
+        # Zeros and ones are exact in every format, and so are their products.
+        ones = torch.eye(64, device=device)
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            if storage.startswith("int8"):
+                half = ones.to(torch.float16)
+                codes, scales, _ = bnb.functional.int8_vectorwise_quant(half)
+                product = torch.ops.bitsandbytes.int8_scaled_mm.default(codes, codes, scales, scales)
+            else:
+                kind, _, nested = storage.partition("-")
+                packed, state = bnb.functional.quantize_4bit(ones, quant_type=kind, compress_statistics=bool(nested))
+                product = bnb.matmul_4bit(ones.to(torch.bfloat16), packed, quant_state=state)
+            exact = torch.allclose(product.float(), ones, atol=0.0, rtol=1e-3)
+    except Exception as error:
+        return f"bitsandbytes does not compute in {storage} on {device.type}: {_first_line(error)}"
+    return None if exact else f"bitsandbytes gives wrong results in {storage} on {device.type}"
 
 
 def _product_error(device: torch.device, dtype: str) -> str | None:

@@ -56,8 +56,10 @@ class Building:
         if kind is None:
             roots = self._roots()
             keep_built(roots, self.strategy)
-            for root in roots:
-                self.strategy.convert(root)
+            self._convert(roots)
+
+    def _convert(self, roots: list[nn.Module]) -> None:
+        self.strategy.convert_all(roots)
 
     def _registered(self, module: nn.Module, name: str, value: Any) -> None:
         if threading.get_ident() == self._thread:

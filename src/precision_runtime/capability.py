@@ -81,6 +81,11 @@ def _autocasts(here: Machine, mode: Mode, name: str) -> tuple[Status, str] | Non
     )
 
 
+def _quantizes(here: Machine, mode: Mode, name: str) -> tuple[Status, str] | None:
+    reason = here.quantized_error(name, mode.weights) if mode.family == "quantized" else None
+    return None if reason is None else ("unsupported", reason)
+
+
 def _emulated(here: Machine, mode: Mode, name: str) -> tuple[Status, str] | None:
     for what in dict.fromkeys((mode.compute, "tf32" if mode.products == "tf32" else mode.compute)):
         reason = here.emulation(name, what)
@@ -99,7 +104,7 @@ def _float8(recipe: object, here: Machine, mode: Mode, name: str) -> tuple[Statu
     return "native", f"NVIDIA's transformer_engine runs {parsed} on this GPU"
 
 
-_CHECKS: tuple[Check, ...] = (_present, _arithmetic, _autocasts, _emulated)
+_CHECKS: tuple[Check, ...] = (_present, _arithmetic, _autocasts, _quantizes, _emulated)
 
 _ADVICE = MappingProxyType(
     {

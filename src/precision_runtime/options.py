@@ -19,12 +19,14 @@ class Options:
     ``ignore_modules``: exact names or globs of modules that are not swapped. ``recipe``: the FP8 recipe, as the float8
     strategy parsed it; None is the library's default. ``islands``: exact names or globs of parts that are kept wide,
     each with the dtype's name; ``auto_islands``: tables are kept wide, too, where a cast would harm them.
+    ``quantize_embeddings``: quantised modes swap nn.Embedding, too.
     """
 
     ignore_modules: tuple[str, ...] = ()
     recipe: Any = None
     islands: tuple[tuple[str, str], ...] = ()
     auto_islands: bool = False
+    quantize_embeddings: bool = False
 
 
 def names_of(value: str | Iterable[str], where: str) -> tuple[str, ...]:

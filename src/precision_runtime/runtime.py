@@ -55,7 +55,8 @@ class PrecisionRuntime:
     ``scaler`` replaces the default loss scaler in a mode that scales its loss: a ``scaling.DynamicScaler`` or
     ``StaticScaler``, or torch's ``GradScaler`` or ``ShardedGradScaler``. ``ignore_modules``: exact names or globs of
     layers that quantised and FP8 modes leave as they are, with everything inside them. ``compute_dtype``: what
-    bitsandbytes layers compute in, bfloat16 where not given. ``weights_dtype``, ``recipe``: transformer-engine's.
+    bitsandbytes layers compute in, bfloat16 where not given; ``quantize_embeddings``: nn.Embedding is swapped, too, and
+    frozen. ``weights_dtype``, ``recipe``: transformer-engine's.
     ``updates``: how half weights take small updates, "nearest" as torch does it, "stochastic" or "kahan" (``updates``).
     ``islands``: parts that stay wide in every mode, by exact names or globs of modules, parameters or buffers, as in
     ``{"*.rope": "32", "loss": "64"}``; names alone mean "32", and "auto" protects tables that a cast would harm.
@@ -75,6 +76,7 @@ class PrecisionRuntime:
         *,
         ignore_modules: str | Iterable[str] = (),
         compute_dtype: object = None,
+        quantize_embeddings: bool = False,
         weights_dtype: object = None,
         recipe: object = None,
         updates: object = None,
@@ -83,7 +85,16 @@ class PrecisionRuntime:
         amp_level: object = None,
     ) -> None:
         self.mode: Mode = with_dtypes(mode_of(mode, amp_backend, amp_level), compute_dtype, weights_dtype)
-        options = Options(names_of(ignore_modules, "ignore_modules"), recipe_of(self.mode, recipe), *islands_of(islands))
+        options = Options(
+            names_of(ignore_modules, "ignore_modules"),
+            recipe_of(self.mode, recipe),
+            *islands_of(islands),
+            quantize_embeddings,
+        )
+        if quantize_embeddings and self.mode.weights in ("", "int8-training"):
+            raise ConfigurationError(
+                f"{self.mode} stores no weights in 4 or 8 bits: quantize_embeddings has no meaning in it; leave it out"
+            )
         self.device: torch.device = resolve(accelerator)
         self.support = support(self.mode, self.device, options.recipe)
         if not self.support.ok:
@@ -117,17 +128,21 @@ class PrecisionRuntime:
         """Put ``model`` in the mode, in place, and on the device; return it, or ``(model, *optimizers)``.
 
         It is the same object with the same parameter objects, so tied weights stay tied and optimizers made before
-        stay valid; state that they have collected follows its parameters. Doing it again changes nothing; in another
+        stay valid; state that they have collected follows its parameters. Only weights that are stored in 4 or 8 bits
+        are new objects, frozen, and no longer the optimizers'. Doing it again changes nothing; in another
         mode it raises ``ConfigurationError``, as does anything that is no module or optimizer.
         """
         _check_arguments(model, optimizers)
         forwarding.check(model, self.strategy)
+        held = list(model.parameters()) if optimizers else []
         keep(model, self.strategy)
         self.strategy.convert(model)
+        swapped = {id(p) for p in held} - {id(p) for p in model.parameters()}
         if any(t.device != self.device for t in (*model.parameters(), *model.buffers())):
             model.to(self.device)
         self.masters.attach(model)
         for optimizer in optimizers:
+            _forget(optimizer, swapped)
             self.masters.adopt(optimizer, strictly=True)
             _follow_parameters(optimizer, self.updates.wide)
             self._meet(optimizer)
@@ -342,6 +357,14 @@ def _total_norm(parameters: list[torch.Tensor], norm_type: float) -> torch.Tenso
 def _single(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` in float32 at least."""
     return tensor.float() if tensor.dtype in HALF_TO_SINGLE else tensor
+
+
+def _forget(optimizer: Optimizer, swapped: set[int]) -> None:
+    """Take weights that quantised layers have replaced away: nothing trains them any more, and they are large."""
+    for group in optimizer.param_groups if swapped else ():
+        for parameter in [p for p in group["params"] if id(p) in swapped]:
+            optimizer.state.pop(parameter, None)
+        group["params"] = [p for p in group["params"] if id(p) not in swapped]
 
 
 def _follow_parameters(optimizer: Optimizer, wide: bool) -> None:

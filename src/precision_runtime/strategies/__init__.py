@@ -15,6 +15,7 @@ from precision_runtime.strategies.float8 import Float8Strategy
 from precision_runtime.strategies.full import FullStrategy
 from precision_runtime.strategies.half import HalfStrategy
 from precision_runtime.strategies.mixed import MixedStrategy
+from precision_runtime.strategies.quantized import QuantizedStrategy
 from precision_runtime.strategies.tf32 import Tf32Strategy
 
 _FAMILIES: MappingProxyType[str, Callable[[Mode, torch.device, Options], Strategy]] = MappingProxyType(
@@ -24,6 +25,7 @@ _FAMILIES: MappingProxyType[str, Callable[[Mode, torch.device, Options], Strateg
         "mixed": MixedStrategy,
         "tf32": Tf32Strategy,
         "float8": Float8Strategy,
+        "quantized": QuantizedStrategy,
         "apex": apex,
     }
 )

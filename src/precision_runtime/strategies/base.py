@@ -15,6 +15,7 @@ from precision_runtime.building import Building
 from precision_runtime.casting import NOTHING, TO, CastTable, cast_call, cast_module, cast_tree
 from precision_runtime.modes import Mode
 from precision_runtime.options import Options
+from precision_runtime.swapping import Swap
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,15 @@ class Strategy:
         the class of a module, so whoever keeps those can put everything back.
         """
         return cast_module(module, self.module_table)
+
+    def convert_all(self, modules: list[nn.Module]) -> None:
+        """Convert what was made together, in ``init_module``: parts of a model, perhaps."""
+        for module in modules:
+            self.convert(module)
+
+    def swaps(self, module: nn.Module) -> list[Swap]:
+        """The layers that ``convert`` would swap, and those of their kind that it would leave, with the reason."""
+        return []
 
     def cast_inputs(self, tree: Any) -> Any:
         """``tree`` (any nesting) as forward gets it."""
