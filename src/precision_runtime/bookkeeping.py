@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from precision_runtime.work import Kind, Work, work_of
@@ -41,21 +40,22 @@ class Key:
 class Bookkeeper(TorchDispatchMode):
     """Sums the work of all ops that run inside, in this thread and in the backward passes that it starts.
 
-    ``names`` are the modules' paths by id. ``tf32``: products of float32 whose operands have TF32's bits are TF32's.
-    Compiled modules run eagerly meanwhile, and fused fast paths of torch's transformer layers are off: what they would
-    run is the same arithmetic, but nobody could see into it.
+    ``modules`` are those that work is put down to, by path. ``tf32``: products of float32 whose operands have TF32's
+    bits are TF32's. Compiled modules run eagerly meanwhile, and fused fast paths of torch's transformer layers are off:
+    what they would run is the same arithmetic, but nobody could see into it.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, names: Mapping[int, str], tf32: bool = False) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], tf32: bool = False) -> None:
         super().__init__()
         self.work: dict[Key, float] = {}
         self.unknown: set[str] = set()
-        self._names, self._tf32 = names, tf32
+        self._modules, self._tf32 = modules, tf32
+        self._names = {id(module): path for path, module in modules.items()}
         self._plans: dict[Any, Work | None] = {}
         # Modules that are open, innermost last, each with the number of the autograd node that runs meanwhile.
-        self._open: list[tuple[nn.Module, str, int]] = []
+        self._open: list[tuple[nn.Module, int]] = []
         # From this number of a node on, this module had been open in the forward pass.
         self._from: list[int] = [0]
         self._module: list[nn.Module | None] = [None]
@@ -69,8 +69,9 @@ class Bookkeeper(TorchDispatchMode):
             if torch.backends.mha.get_fastpath_enabled():
                 torch.backends.mha.set_fastpath_enabled(False)
                 exits.callback(torch.backends.mha.set_fastpath_enabled, True)
-            exits.callback(register_module_forward_pre_hook(self._enter).remove)
-            exits.callback(register_module_forward_hook(self._leave, always_call=True).remove)
+            for module in self._modules.values():  # hooks for all modules at once would alarm the compiler
+                exits.callback(module.register_forward_pre_hook(self._enter, prepend=True).remove)
+                exits.callback(module.register_forward_hook(self._leave, always_call=True).remove)
             super().__enter__()
             exits.callback(super().__exit__, None, None, None)
             self._exits = exits.pop_all()
@@ -114,16 +115,15 @@ class Bookkeeper(TorchDispatchMode):
 
     def _place(self) -> tuple[str, nn.Module | None]:
         node = _node()
-        if node == _NO_NODE or (self._open and self._open[-1][2] == node):  # the latter: a forward that is recomputed
+        if node == _NO_NODE or (self._open and self._open[-1][1] == node):  # the latter: a forward that is recomputed
             return "forward", self._open[-1][0] if self._open else None
         if node == _UNNUMBERED:
             return "backward", None
         return "backward", self._module[bisect_right(self._from, node) - 1]
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if id(module) in self._names:
-            self._open.append((module, self._names[id(module)], _node()))
-            self._mark()
+        self._open.append((module, _node()))
+        self._mark()
 
     def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
         if self._open and self._open[-1][0] is module:

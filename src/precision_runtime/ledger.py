@@ -97,7 +97,7 @@ class Ledger:
         if self._book is not None:
             raise ConfigurationError("this ledger is recording already; a ledger inside it is another Ledger object")
         self._modules = _named(self._models)
-        book = Bookkeeper({id(module): path for path, module in self._modules.items()}, self._tf32)
+        book = Bookkeeper(self._modules, self._tf32)
         book.__enter__()
         self._book = book
         return self

@@ -22,7 +22,7 @@ from precision_runtime.errors import ConfigurationError, PrecisionError, Unsuppo
 from precision_runtime.gates import Gate
 from precision_runtime.islands import islands_in, keep
 from precision_runtime.keeping import Island
-from precision_runtime.ledger import Ledger
+from precision_runtime.ledger import Entry, Ledger
 from precision_runtime.lost import LostUpdates
 from precision_runtime.master import Masters, NoMasters
 from precision_runtime.modes import Mode, parse_mode
@@ -110,7 +110,7 @@ class PrecisionRuntime:
         self._models: list[weakref.ref[nn.Module]] = []
         self.updates: Updates = updates_from(updates, self.mode)
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._recorded: Ledger | None = None
+        self._recorded: tuple[Entry, ...] | None = None
         self._meter: LostUpdates | None = None
 
     def __repr__(self) -> str:
@@ -279,7 +279,7 @@ class PrecisionRuntime:
             *(models or self._alive()),
             lane=f"{self.mode} on {self.device}",
             tf32=self.mode.products == "tf32",
-            before=None if self._recorded is None else self._recorded.entries,
+            before=self._recorded,
             done=self._keep_ledger,
         )
 
@@ -292,7 +292,7 @@ class PrecisionRuntime:
         return self.ledger().verify(low_precision)
 
     def _keep_ledger(self, ledger: Ledger) -> None:
-        self._recorded = ledger
+        self._recorded = ledger.entries  # not the ledger, which keeps its models alive
 
     def _alive(self) -> tuple[nn.Module, ...]:
         return tuple(m for m in (ref() for ref in self._models) if m is not None)
