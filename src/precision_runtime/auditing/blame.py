@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from precision_runtime.auditing.excess import TAIL_RATIO, Judgement
 from precision_runtime.auditing.judge import Judge
+from precision_runtime.auditing.opblame import Blame
 from precision_runtime.auditing.recorder import Call
 from precision_runtime.auditing.sheet import Verdict
 from precision_runtime.auditing.worlds import widen
 from precision_runtime.record import Finding, Kind, Remark, Where, bits, lost_bits
 
+# Findings whose op is searched for: each costs some 20 runs of the call, and the same defect in every layer is one.
+SEARCHED = 3
 
-def findings_of(judge: Judge) -> tuple[list[Finding], list[Remark]]:
-    """All findings, guilty parts first: innermost failing calls as they failed, then their callers."""
-    findings: list[Finding] = []
+
+def findings_of(
+    judge: Judge, search: Callable[[Verdict], Blame | None] | None = None
+) -> tuple[list[Finding], list[Remark]]:
+    """All findings, guilty parts first: innermost failing calls as they failed, then their callers.
+
+    ``search`` names the guilty op of a failing call; it is asked for the first ``SEARCHED`` findings that are no mere
+    consequence of another.
+    """
+    findings: list[tuple[Finding, Verdict]] = []
     remarks: list[Remark] = []
     steep_inside: set[int] = set()
     whole_backward = any(v.failed for v in judge.verdicts if v.call is None and v.where == "backward")
@@ -29,7 +41,7 @@ def findings_of(judge: Judge) -> tuple[list[Finding], list[Remark]]:
                        _name(verdict.call))
             )  # fmt: skip
         elif verdict.failed:
-            findings.append(_finding(judge, verdict))
+            findings.append((_finding(judge, verdict), verdict))
         elif verdict.amplification > 0.0:
             parent = verdict.call.parent if verdict.call is not None else None
             inherited = (verdict.call is None and bool(steep_inside)) or id(verdict.call) in steep_inside
@@ -37,7 +49,7 @@ def findings_of(judge: Judge) -> tuple[list[Finding], list[Remark]]:
                 steep_inside.add(id(parent))
                 parent = parent.parent
             if judge.yardstick.mixed:
-                findings.append(_steep(verdict))
+                findings.append((_steep(verdict), verdict))
             elif not inherited:
                 remarks.append(
                     Remark(
@@ -47,7 +59,20 @@ def findings_of(judge: Judge) -> tuple[list[Finding], list[Remark]]:
                         _name(verdict.call),
                     )
                 )
-    return _one_per_module(findings), remarks
+    named = _one_per_module(findings)
+    if search is not None:
+        guilty = [(f, v) for f, v in named if not v.consequence][:SEARCHED]
+        found = {id(f): search(v) for f, v in guilty}
+        return [_with_op(f, found.get(id(f))) for f, _ in named], remarks
+    return [f for f, _ in named], remarks
+
+
+def _with_op(finding: Finding, blame: Blame | None) -> Finding:
+    if blame is None:
+        return finding
+    kind = blame.kind if blame.kind is not None and finding.kind == "instability" else finding.kind
+    message = finding.message + (f"; {blame.cause}" if blame.cause else "")
+    return replace(finding, kind=kind, op=blame.op, message=message, line=blame.line or None, proof=blame.proof or None)
 
 
 def _upstream_first(verdict: Verdict) -> tuple[int, int, int]:
@@ -59,13 +84,13 @@ def _upstream_first(verdict: Verdict) -> tuple[int, int, int]:
     return where, int(verdict.consequence), order
 
 
-def _one_per_module(findings: list[Finding]) -> list[Finding]:
+def _one_per_module(findings: list[tuple[Finding, Verdict]]) -> list[tuple[Finding, Verdict]]:
     """A module that is called many times is named once per direction, with its worst call."""
-    best: dict[tuple[str, str], Finding] = {}
-    for finding in findings:
+    best: dict[tuple[str, str], tuple[Finding, Verdict]] = {}
+    for finding, verdict in findings:
         key = (finding.module, finding.where)
-        if key not in best or finding.excess > best[key].excess:
-            best[key] = finding
+        if key not in best or finding.excess > best[key][0].excess:
+            best[key] = finding, verdict
     return list(best.values())
 
 

@@ -1,0 +1,249 @@
+"""Which op of a failing call is guilty, and the proof: the same call again with that op alone in FP64.
+
+Two searches, by cause and by effect:
+
+- The run is made with everything from its k-th op on in FP64, and k is bisected: the op at which the failure becomes
+  one that no precision downstream repairs is the **cause**. It says where information was lost, whatever the amounts.
+- The run is followed in FP64 op by op (``Following``): where inf or NaN was born, which op's result is off by many
+  times what its operands were (an unstable formula), whose own kernel is wrong, whose whole numbers were lost.
+
+The cause is named, with two exceptions. A chain of functions of one value, such as log(sigmoid(x)) or 1 - cos(x), is a
+formula, and the op of it that amplifies is named: nothing is wrong with a rounded sigmoid. And a gradient in which inf
+or NaN is born in an op's derivative has that op named: its forward result is right.
+Whatever is named is then computed in FP64 alone, and the figure that remains is the proof; where it fails, the next
+candidate is tried, and where all fail, the finding says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from precision_runtime.auditing.failing import first_line
+from precision_runtime.auditing.following import Event, Following
+from precision_runtime.auditing.observer import Site
+from precision_runtime.auditing.proof import Scene, Stage
+from precision_runtime.auditing.sheet import Verdict
+from precision_runtime.auditing.widened import Widening
+from precision_runtime.record import Kind, bits, lost_bits
+
+# A figure that is not below the limit, but this many times smaller, still proves who is guilty of the most of it.
+FALL = 4.0
+# The same line of code that runs so often, each result rounded, is an accumulation.
+MANY = 16
+_CASTS = frozenset(
+    f"aten::{n}" for n in ("_to_copy", "to", "arange", "full", "scalar_tensor", "linspace", "lift_fresh_copy")
+)
+
+
+@dataclass(frozen=True)
+class Blame:
+    """The guilty op: its name ('aten::log'), the user's line, what it did, and what remains without it."""
+
+    op: str | None
+    line: str = ""
+    kind: Kind | None = None  # None: the verdict's own kind stands
+    cause: str = ""
+    proof: str = ""
+    proven: bool = False
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """Sites to compute in FP64, and which of them to name, with a sentence on why."""
+
+    sites: tuple[Site, ...]
+    event: Event
+    cause: str
+    kind: Kind | None = None
+
+
+def blame_op(stage: Stage, verdict: Verdict) -> Blame | None:
+    """Name the op that a failing call fails by; None where nothing wider than the mode exists to prove it with."""
+    if stage.mode.compute == "float64":
+        return None
+    try:
+        return _search(stage, verdict)
+    except Exception as error:  # the audit's verdict stands without it
+        return Blame(
+            None, proof=f"the search for the op raised {type(error).__name__}: {first_line(error)}; not proven"
+        )
+
+
+def _search(stage: Stage, verdict: Verdict) -> Blame | None:
+    scene, before = _again(stage, verdict)
+    if before <= scene.line:
+        return Blame(None, proof="the call does not fail when it is run again by itself: no op can be singled out")
+    following = Following()
+    scene.figure(following)
+    search = _Search(scene, before, following.events, following.count)
+    tried: list[tuple[_Candidate, float]] = []
+    for candidate in search.candidates():
+        if all(candidate.sites != t.sites for t, _ in tried):
+            tried.append((candidate, search.without(candidate)))
+            if search.proves(tried[-1][1]):
+                return search.named(*tried[-1], proven=True)
+    return search.named(*tried[0], proven=False) if tried else None
+
+
+def _again(stage: Stage, verdict: Verdict) -> tuple[Scene, float]:
+    """The scene in which the call fails again, and its figure: the call may have run outside the mode's autocast."""
+    scene, before = Scene(stage, verdict), 0.0
+    for autocast in (True, False) if stage.mode.autocast and verdict.call is not None else (True,):
+        scene.autocast = autocast
+        before = scene.figure()
+        if before > scene.line:
+            break
+    return scene, before
+
+
+@dataclass
+class _Search:
+    scene: Scene
+    before: float
+    events: dict[int, Event]
+    count: int
+    whole: float = 0.0  # the figure with every op in FP64
+
+    def candidates(self) -> Iterator[_Candidate]:
+        """Most likely first; each is computed only where those before it were not proven."""
+        cause = self._cause()
+        if cause is not None:
+            formula = None if cause.born else self._formula(cause)
+            if formula is not None:
+                yield _Candidate((cause.step.site, formula.step.site), formula, self._breaks(formula))
+            yield _Candidate((cause.step.site,), cause, *self._lost(cause))
+        backward = self.scene.verdict.where == "backward"
+        born = next((e for e in self.events.values() if e.born and (e.step.backward or not backward)), None)
+        if born is not None:
+            yield _Candidate((born.step.site,), born, self._breaks(born))
+        steep = next((e for e in self.events.values() if self._amplification(e) > self.scene.line), None)
+        if steep is not None:
+            yield _Candidate((steep.step.site,), steep, self._breaks(steep))
+
+    def proves(self, after: float) -> bool:
+        """Whether what remains is so little that the op was guilty."""
+        return after <= self.scene.line or (math.isfinite(self.before) and after * FALL <= self.before)
+
+    def without(self, candidate: _Candidate, single: bool = False) -> float:
+        """The figure with the candidate's sites alone in FP64 (with ``single`` in FP32)."""
+        return self.scene.figure(Widening(lambda step: step.site in candidate.sites, single))
+
+    def named(self, candidate: _Candidate, after: float, proven: bool) -> Blame:
+        """Put the verdict on a candidate into words."""
+        event = candidate.event
+        op = event.step.name if candidate.kind == "kernel" and self._is_off(event) else event.step.site.op
+        who = " and ".join(dict.fromkeys(f"`{public_name(s.op)}`" for s in candidate.sites))
+        fell = f"from {bits(lost_bits(self.before))} to {bits(lost_bits(after))}"
+        if not proven:
+            why = (
+                "so it does with every op in FP64: a value that depends on the dtype (torch.finfo, a constant, an "
+                "input) is to blame"
+                if self.whole > self.scene.line
+                else "no single op explains it, the formula as a whole does"
+            )
+            proof = f"the proof fails: with {who} alone in FP64 the loss goes {fell}; {why}"
+            return Blame(public_name(op), event.step.site.line, candidate.kind, candidate.cause, proof)
+        proof = f"with {who} alone in FP64 the loss falls {fell}"
+        if self.scene.stage.mode.low:
+            proof += f" (in FP32: {bits(lost_bits(self.without(candidate, single=True)))})"
+        return Blame(public_name(op), event.step.site.line, candidate.kind, candidate.cause, proof, True)
+
+    # -- by effect --------------------------------------------------------------------------------------------------
+
+    def _cause(self) -> Event | None:
+        """The op whose result, once it is as the mode has it, no FP64 computation that follows repairs."""
+        self.whole = self._from(0)
+        if self.whole > self.scene.line:
+            return None
+        target = min(self.scene.line, math.sqrt(max(self.whole, 0.1) * self.before))
+        low, high = 0, self.count
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._from(middle) <= target else (low, middle)
+        return self.events.get(low)
+
+    def _from(self, number: int) -> float:
+        return self.scene.figure(Widening(lambda step: step.number >= number))
+
+    # -- by cause ---------------------------------------------------------------------------------------------------
+
+    def _formula(self, cause: Event) -> Event | None:
+        """Among the ops that are functions of the cause's result alone, the first that amplifies.
+
+        An op counts with its derivative, where a gradient is judged, also for the birth of inf or NaN in it. The event
+        returned is the one that shows it.
+        """
+        derivatives: dict[Site, list[Event]] = {}
+        for event in self.events.values():
+            if event.step.backward and self.scene.verdict.where == "backward" and not cause.step.backward:
+                derivatives.setdefault(event.step.site, []).append(event)
+        alone = {cause.step.number}
+        for number, event in self.events.items():
+            if number <= cause.step.number or event.step.backward != cause.step.backward:
+                continue
+            if not event.sources or any(s not in alone for s in event.sources) or not 0 < event.numel <= cause.numel:
+                continue
+            alone.add(number)
+            for shown in (event, *derivatives.get(event.step.site, ())):
+                broken = shown.born and shown.step.backward  # inf in a forward result is that of the cause's zero
+                if broken or self._amplification(shown) > self.scene.stage.judge.yardstick.limit:
+                    return None if event.step.site == cause.step.site else shown
+        return None
+
+    def _lost(self, event: Event) -> tuple[str, Kind | None]:
+        """What the cause did, and the kind that this is; None leaves the verdict's."""
+        own_kind = self.scene.verdict.worst.kind is None and not self.scene.steep
+        alike = (event.step.site, event.step.name, event.step.backward)
+        times = sum((e.step.site, e.step.name, e.step.backward) == alike for e in self.events.values())
+        if event.born:
+            return self._breaks(event), None
+        if event.lost or (event.step.site.op in _CASTS and own_kind):
+            what = "whole numbers beyond the dtype's exact ones change" if event.lost else "the value is rounded"
+            return f"{what} in this cast, and nothing after it can repair that", "cast" if own_kind else None
+        if event.zeros and (event.flushed > 0.5 or not own_kind):
+            text = f"{event.zeros} of {event.numel} values of its result became zero"
+            return text, "underflow" if own_kind else None
+        if self._is_off(event):
+            return (
+                f"its result is {event.local / self._u:.0f} times one rounding away from the right one for the "
+                "operands that it got", "kernel" if own_kind else None,
+            )  # fmt: skip
+        if times >= MANY:
+            return f"it runs {times} times, and every result is rounded", "kernel" if own_kind else None
+        return "its result is rounded, and nothing after it can repair that", None
+
+    def _breaks(self, event: Event) -> str:
+        whose = "the derivative of this op" if event.step.backward else "this op"
+        if event.born:
+            return f"inf or NaN is born in {whose}, from finite operands"
+        return f"{whose} amplifies: its result is off by {self._amplification(event):.0f} times what its operands were"
+
+    def _amplification(self, event: Event) -> float:
+        return event.outgoing / max(event.incoming, self._u)
+
+    def _is_off(self, event: Event) -> bool:
+        return event.local > self.scene.stage.judge.yardstick.limit * self._u and not event.zeros
+
+    @property
+    def _u(self) -> float:
+        return self.scene.stage.judge.yardstick.own_u(self.scene.verdict.call, self.scene.verdict.where)
+
+
+def public_name(op: str) -> str:
+    """The name that a user knows: 'aten::softmax' for 'aten::_softmax', 'aten::add' for 'aten::add_'.
+
+    ``aten::_to_copy`` keeps its name: every cast is one.
+    """
+    space, _, name = op.partition("::")
+    plain = name.removesuffix("_") if not name.endswith("__") else name
+    if plain.startswith("_scaled_dot_product") and not plain.endswith("backward"):
+        plain = "scaled_dot_product_attention"
+    for prefix in ("native_", "_"):
+        shorter = plain.removeprefix(prefix)
+        if plain not in (shorter, "_to_copy") and hasattr(torch.ops.aten, shorter):
+            plain = shorter
+    return f"{space}::{plain}"

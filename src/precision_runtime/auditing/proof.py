@@ -1,0 +1,209 @@
+"""Run one failing call again in the mode, with a part of it computed otherwise, and judge it by the same yardstick."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from precision_runtime.auditing.dispatch import LowWatch, TrueDouble
+from precision_runtime.auditing.judge import AMPLIFICATION, Judge
+from precision_runtime.auditing.observer import Observer
+from precision_runtime.auditing.randomness import reseed
+from precision_runtime.auditing.recorder import Call, Recorder
+from precision_runtime.auditing.references import Sample
+from precision_runtime.auditing.runs import Run, execute, loss_gradient
+from precision_runtime.auditing.sheet import Sheet, Site, Verdict, input_name
+from precision_runtime.auditing.worlds import Worlds, clone
+from precision_runtime.casting import TO, cast_tree
+from precision_runtime.modes import Mode
+from precision_runtime.strategies import Strategy
+
+# Perturbed runs that a proof is judged by: it must only tell a repaired call from a failing one.
+SAMPLES = 8
+
+
+@dataclass
+class Stage:
+    """What a run of the mode needs, and the judge that has judged one.
+
+    ``watch`` and ``double`` make the dispatch modes of the low-precision run and of FP64.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    mode: Mode
+    strategy: Strategy
+    seed: int
+    worlds: Worlds
+    parameters: Iterable[nn.Parameter]
+    names: dict[int, str]  # of the parameters, by id
+    low: Run
+    judge: Judge
+    watch: Callable[[], LowWatch]
+    double: Callable[[], TrueDouble]
+
+    @contextmanager
+    def run(self, observer: Observer | None, autocast: bool) -> Iterator[tuple[LowWatch, Callable[[], Any]]]:
+        """The low world with its canonical draws; yields the watch, and the context of the forward pass."""
+        device = self.strategy.device.type
+        watch = self.watch()
+
+        @contextmanager
+        def lane() -> Iterator[None]:
+            with self.strategy.autocast() if autocast else ExitStack():
+                if observer is not None:
+                    observer.begin(watch.frames, self.double())
+                yield
+
+        with ExitStack() as stack:
+            if "torch._dynamo" in sys.modules:  # compiled code shows no dispatch mode its ops
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(self.worlds.low())
+            stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(watch)
+            if observer is not None:
+                stack.enter_context(observer)
+            yield watch, lane
+
+
+@dataclass
+class Scene:
+    """One failing call (None: the whole function) in one direction."""
+
+    stage: Stage
+    verdict: Verdict
+    autocast: bool = True
+    _true: tuple[Run, dict[int, torch.Tensor]] | None = None
+    _samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def steep(self) -> bool:
+        """Whether the call did not fail, but is too steep for autocast."""
+        return not self.verdict.failed
+
+    @property
+    def line(self) -> float:
+        """The largest figure that passes."""
+        limit = self.stage.judge.yardstick.limit
+        return AMPLIFICATION * limit / 4.0 if self.steep else limit
+
+    def figure(self, observer: Observer | None = None) -> float:
+        """How bad the call is: its score (its steepness, for a steep one) when ``observer`` looks on or interferes.
+
+        Infinite where the run raises.
+        """
+        try:
+            run = self._whole(observer) if self.verdict.call is None else self._call(self.verdict.call, observer)
+        except Exception:
+            return math.inf
+        return self._judged(run)
+
+    # -- the runs ---------------------------------------------------------------------------------------------------
+
+    def _whole(self, observer: Observer | None) -> Run:
+        stage = self.stage
+        with stage.run(observer, True) as (watch, lane):
+            reseed(stage.seed)
+            args, kwargs = cast_tree(clone((stage.args, stage.kwargs)), TO[getattr(torch, stage.mode.params)])
+            if observer is not None:
+                observer.depth = 1 if stage.judge.cover is None else 2
+            recorder = Recorder(stage.worlds.names, stage.worlds, outputs=False, frames=watch.frames)
+            return execute(
+                stage.function, args, kwargs, recorder,
+                cotangent=loss_gradient(stage.seed) if self._backward else None,
+                parameters=stage.parameters, scales=(stage.low.scale,), forward_context=lane,
+            )  # fmt: skip
+
+    def _call(self, call: Call, observer: Observer | None) -> Run:
+        stage = self.stage
+        with stage.run(observer, self.autocast) as (watch, lane):
+            for (key, name), value in call.state.items():
+                module = next(m for m in call.module.modules() if id(m) == key)
+                (module._buffers if name in module._buffers else vars(module))[name] = clone(value)
+            assert call.rng is not None
+            call.rng.restore()
+            args, kwargs = clone((call.args, call.kwargs))
+            if observer is not None:
+                observer.depth = 2
+            inside = {id(m) for m in call.module.modules()}
+            parts = {n: m for n, m in stage.worlds.names.items() if id(m) in inside}
+            recorder = Recorder(parts, stage.worlds, outputs=False, frames=watch.frames)
+
+            def incoming(path: str, output: torch.Tensor) -> torch.Tensor | None:
+                grad = call.output_grads.get(path)
+                return None if grad is None or grad.shape != output.shape else grad
+
+            return execute(
+                call.module, args, kwargs, recorder,
+                cotangent=incoming if self._backward else None,
+                parameters=call.module.parameters(), forward_context=lane,
+            )  # fmt: skip
+
+    @property
+    def _backward(self) -> bool:
+        return self.verdict.where == "backward"
+
+    # -- the judgement ----------------------------------------------------------------------------------------------
+
+    def _judged(self, run: Run) -> float:
+        truth = self._truth()
+        if truth is None:
+            return math.inf
+        true, gradients = truth
+        stage, call, where = self.stage, self.verdict.call, self.verdict.where
+        yardstick = stage.judge.yardstick
+        u = yardstick.own_u(call, where)
+        sheet = Sheet()
+        if where == "forward":
+            sheet.add_outputs(run.outputs, true.outputs, u, yardstick.step)
+        else:
+            for path, grad in run.input_grads.items():
+                sheet.add_gradient(
+                    input_name(path), grad, true.input_grads.get(path), u, yardstick.step, stage.low.scale
+                )
+            for key, name in self._owned().items():
+                low = run.parameter_grads.get(key)
+                sheet.add_gradient(name, low, gradients.get(key), u, yardstick.step, stage.low.scale)
+        wanted = {(where, j.tensor) for j in self.verdict.judgements if self.steep or j.score > yardstick.limit}
+        sheet = sheet.only(wanted & set(sheet.pairs))
+        if set(sheet.pairs) != wanted:
+            return math.inf
+        judged = sheet.judge(yardstick.limit)
+        if self.steep:
+            return max(j.error / (u * j.scale) if j.scale > 0 else 0.0 for j in judged.values())
+        open_ = {site for site, j in judged.items() if not j.settled and j.score > 1.0}
+        if open_:
+            judged.update(sheet.only(open_).judge(yardstick.limit, self._perturbed(open_)))
+        return max((j.score for j in judged.values()), default=math.inf)
+
+    def _truth(self) -> tuple[Run, dict[int, torch.Tensor]] | None:
+        if self._true is None:
+            judge, call = self.stage.judge, self.verdict.call
+            run = judge.reference if call is None else judge.replays.true(call)
+            if run is None:
+                return None
+            self._true = run, judge.true_grads if call is None else run.parameter_grads
+        return self._true
+
+    def _owned(self) -> dict[int, str]:
+        call = self.verdict.call
+        return self.stage.names if call is None else self.stage.judge.replays.owned.get(id(call), {})
+
+    def _perturbed(self, sites: set[Site]) -> list[Sample]:
+        judge, call = self.stage.judge, self.verdict.call
+        while len(self._samples) < SAMPLES:
+            number = len(self._samples)
+            if call is not None:
+                self._samples.append(judge.replays.sample(call, number, 1.0))
+            else:
+                assert judge.sampler is not None
+                self._samples.append(judge.sampler(number, 1.0))
+        return self._samples
