@@ -32,7 +32,10 @@ def rounded_by_chance(values: torch.Tensor, form: Format, noise: torch.Tensor) -
     """
     clamped = values.clamp(-form.max, form.max)
     step = _power(clamped, form).mul_(2.0 ** (1 - form.precision))
-    return (clamped / step).add_(noise).floor_().mul_(step)
+    steps = clamped / step
+    below = steps.floor()
+    # The fraction is exact and compared: added to it, the noise could be rounded up to a whole step.
+    return below.add_(noise < steps - below).mul_(step)
 
 
 def _power(values: torch.Tensor, form: Format) -> torch.Tensor:
