@@ -58,6 +58,11 @@ class Machine:
         probe = _EMULATION.get((accelerator, dtype))
         return None if probe is None else self._once(("emulation", accelerator, dtype), probe)
 
+    def slow(self, accelerator: str, dtype: str) -> str | None:
+        """Why ``dtype``, though it runs, is no gain on ``accelerator``; None where it is, or where nobody knows."""
+        probe = _SLOW.get((accelerator, dtype))
+        return None if probe is None else self._once(("slow", accelerator, dtype), probe)
+
     def quantized_error(self, accelerator: str, storage: str) -> str | None:
         """Why layers stored as ``storage`` ("nf4-dq") cannot run on ``accelerator``; None when they do."""
         missing = self._once(("bitsandbytes",), _no_bitsandbytes)
@@ -299,6 +304,24 @@ def _quantized_error(device: torch.device, storage: str) -> str | None:
     except Exception as error:
         return f"bitsandbytes does not compute in {storage} on {device.type}: {_first_line(error)}"
     return None if exact else f"bitsandbytes gives wrong results in {storage} on {device.type}"
+
+
+def _cpu_bfloat16() -> str | None:
+    import torch
+
+    # torch 2.11 and later tell it in a table, older ones in functions of the same facts.
+    facts = getattr(torch.cpu, "get_capabilities", dict)()
+    units = [name for name in _BFLOAT16_INSTRUCTIONS if facts.get(name)]
+    if units or (not facts and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())):
+        return None
+    return "this processor has no bfloat16 instructions (AVX-512 BF16, AMX, Arm BF16), so that float32 is faster"
+
+
+_BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "arm_bf16", "sve_bf16")
+
+_SLOW: MappingProxyType[tuple[str, str], Callable[[], str | None]] = MappingProxyType(
+    {("cpu", "bfloat16"): _cpu_bfloat16}
+)
 
 
 def _product_error(device: torch.device, dtype: str) -> str | None:

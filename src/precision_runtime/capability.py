@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from precision_runtime.accelerators import Machine, machine, name_of
+from precision_runtime.automatic import placed
 from precision_runtime.float8.recipes import parse_recipe
 from precision_runtime.modes import Mode, parse_mode
 
@@ -17,12 +18,17 @@ Status = Literal["native", "emulated", "unsupported"]
 
 @dataclass(frozen=True)
 class Support:
-    """How a mode runs on an accelerator, and why. ``reason`` is for people and says what to do where it does not."""
+    """How a mode runs on an accelerator, and why. ``reason`` is for people and says what to do where it does not.
+
+    ``mode`` is the name that was asked for, "auto" too; ``runs`` says in a word what it becomes here, empty where it is
+    what its name says.
+    """
 
     mode: str
     accelerator: str
     status: Status
     reason: str
+    runs: str = ""
 
     @property
     def ok(self) -> bool:
@@ -30,7 +36,8 @@ class Support:
         return self.status != "unsupported"
 
     def __str__(self) -> str:
-        return f"{self.mode} on {self.accelerator}: {self.status} ({self.reason})"
+        what = f"{self.mode} (as {self.runs})" if self.runs else self.mode
+        return f"{what} on {self.accelerator}: {self.status} ({self.reason})"
 
 
 def support(mode: object, accelerator: object = "auto", recipe: object = None) -> Support:
@@ -39,24 +46,37 @@ def support(mode: object, accelerator: object = "auto", recipe: object = None) -
     ``recipe``: of the FP8 modes, since GPUs differ in those that they have units for. The probes run once per process.
     Raises ``UnknownNameError`` for names that do not exist.
     """
-    parsed = parse_mode(mode)
     name = name_of(accelerator)
+    asked = parse_mode(mode)
+    missing = machine().missing(name)
+    if missing is not None:
+        return Support(asked.name, name, "unsupported", missing)
+    place = placed(asked, name)
+    status, reason = _answer(place.mode, name, recipe)
+    return Support(asked.name, name, status, "; ".join(filter(None, (place.reason, reason))), place.runs)
+
+
+def _answer(mode: Mode, name: str, recipe: object) -> tuple[Status, str]:
     here = machine()
     checks: tuple[Check, ...] = (*_CHECKS, partial(_float8, recipe))
     for check in checks:
-        answer = check(here, parsed, name)
+        answer = check(here, mode, name)
         if answer is not None:
-            return Support(parsed.name, name, *answer)
-    what = f"{parsed.compute} autocast" if parsed.autocast else f"{parsed.compute} arithmetic"
-    return Support(parsed.name, name, "native", f"{what} was tried on this machine and works")
+            return answer
+    what = f"{mode.compute} autocast" if mode.autocast else f"{mode.compute} arithmetic"
+    return "native", f"{what} was tried on this machine and works"
 
 
 Check = Callable[[Machine, Mode, str], "tuple[Status, str] | None"]
 
 
-def _present(here: Machine, mode: Mode, name: str) -> tuple[Status, str] | None:
-    reason = here.missing(name)
+def _offered(here: Machine, mode: Mode, name: str) -> tuple[Status, str] | None:
+    reason = _REFUSED.get((name, mode.params))
     return None if reason is None else ("unsupported", reason)
+
+
+# What a device's own package would run (XLA on a processor does), but no device of the kind does.
+_REFUSED = MappingProxyType({("xla", "float64"): "TPUs have no float64: run 64-true with accelerator='cpu'"})
 
 
 def _arithmetic(here: Machine, mode: Mode, name: str) -> tuple[Status, str] | None:
@@ -104,7 +124,7 @@ def _float8(recipe: object, here: Machine, mode: Mode, name: str) -> tuple[Statu
     return "native", f"NVIDIA's transformer_engine runs {parsed} on this GPU"
 
 
-_CHECKS: tuple[Check, ...] = (_present, _arithmetic, _autocasts, _quantizes, _emulated)
+_CHECKS: tuple[Check, ...] = (_offered, _arithmetic, _autocasts, _quantizes, _emulated)
 
 _ADVICE = MappingProxyType(
     {

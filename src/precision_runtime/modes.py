@@ -13,7 +13,7 @@ from typing import Literal
 from precision_runtime.errors import unknown_names
 from precision_runtime.formats import FORMATS, Format
 
-Family = Literal["full", "true", "mixed", "tf32", "quantized", "float8", "apex"]
+Family = Literal["full", "true", "mixed", "tf32", "quantized", "float8", "apex", "auto"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,11 @@ MODES = MappingProxyType(
     }
 )
 
-_BY_KEY = MappingProxyType({name.lower(): mode for name, mode in MODES.items()})  # no name needs its capitals
+# A name that waits for an accelerator: ``automatic.placed`` makes a mode of it. It is no member of MODES or "all".
+AUTO = Mode("auto", "auto", "float32", "float32")
+
+# No name needs its capitals.
+_BY_KEY = MappingProxyType({name.lower(): mode for name, mode in (*MODES.items(), (AUTO.name, AUTO))})
 
 # What each legacy spelling has always meant (Lightning, Fabric, the old Trainer).
 ALIASES = MappingProxyType(
@@ -155,7 +159,7 @@ def expand_modes(names: Iterable[object], where: str = "") -> list[Mode]:
 
 
 def _known() -> Sequence[str]:
-    return [*MODES, *ALIASES]
+    return [*MODES, AUTO.name, *ALIASES]
 
 
 def _members(name: object) -> list[Mode] | None:

@@ -14,7 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from precision_runtime import forwarding
-from precision_runtime.accelerators import resolve
+from precision_runtime.accelerators import name_of, resolve
+from precision_runtime.automatic import placed
 from precision_runtime.capability import support
 from precision_runtime.casting import HALF_TO_SINGLE
 from precision_runtime.closures import step_with_closure
@@ -25,7 +26,7 @@ from precision_runtime.keeping import Island
 from precision_runtime.ledger import Entry, Ledger
 from precision_runtime.lost import LostUpdates
 from precision_runtime.master import Masters, NoMasters
-from precision_runtime.modes import Mode, parse_mode
+from precision_runtime.modes import AUTO, Mode, parse_mode
 from precision_runtime.optimizers import warn_of_fatal
 from precision_runtime.options import Options, islands_of, mode_of, names_of, recipe_of, with_dtypes
 from precision_runtime.scaling import NullScaler, Scaler, scaler_from
@@ -65,7 +66,7 @@ class PrecisionRuntime:
 
     Raises ``UnknownNameError`` for an unknown mode or accelerator, ``UnsupportedError`` with the reason where this
     machine cannot run the mode, ``ConfigurationError`` for arguments that the mode cannot use. A mode is never turned
-    into another.
+    into another; the mode "auto" is a question, whose answer is in ``mode`` and ``support.reason``.
     """
 
     def __init__(
@@ -84,7 +85,9 @@ class PrecisionRuntime:
         amp_backend: object = None,
         amp_level: object = None,
     ) -> None:
-        self.mode: Mode = with_dtypes(mode_of(mode, amp_backend, amp_level), compute_dtype, weights_dtype)
+        asked = mode_of(mode, amp_backend, amp_level)
+        place = placed(asked, name_of(accelerator))
+        self.mode: Mode = with_dtypes(place.mode, compute_dtype, weights_dtype)
         options = Options(
             names_of(ignore_modules, "ignore_modules"),
             recipe_of(self.mode, recipe),
@@ -96,7 +99,7 @@ class PrecisionRuntime:
                 f"{self.mode} stores no weights in 4 or 8 bits: quantize_embeddings has no meaning in it; leave it out"
             )
         self.device: torch.device = resolve(accelerator)
-        self.support = support(self.mode, self.device, options.recipe)
+        self.support = support(asked if self.mode is place.mode else self.mode, self.device, options.recipe)
         if not self.support.ok:
             raise UnsupportedError(f"{self.mode} cannot run on {self.support.accelerator}: {self.support.reason}")
         if scaler is not None and not self.mode.scaled:
@@ -114,7 +117,8 @@ class PrecisionRuntime:
         self._meter: LostUpdates | None = None
 
     def __repr__(self) -> str:
-        return f"PrecisionRuntime({self.mode.name!r}, accelerator={str(self.device)!r})"
+        chosen = f" chosen by {self.support.mode}" if self.support.mode != self.mode.name else ""
+        return f"PrecisionRuntime({self.mode.name!r}, accelerator={str(self.device)!r}){chosen}"
 
     def init_module(self) -> AbstractContextManager[None]:
         """Context in which modules are made on the device; when it ends they are in the mode, as after ``setup``."""
@@ -309,10 +313,11 @@ class PrecisionRuntime:
             raise ConfigurationError(
                 f"this is no state of a PrecisionRuntime, which has mode and scaler; it has {sorted(map(str, state))}"
             )
-        if parse_mode(state["mode"], "a saved state") != self.mode:
+        if parse_mode(state["mode"], "a saved state").name != self.mode.name:
+            chosen = f" ({self.support.reason})" if self.support.mode == AUTO.name else ""
             raise ConfigurationError(
-                f"this state was saved in {state['mode']} and cannot be loaded in {self.mode}; make the runtime with "
-                f"PrecisionRuntime({state['mode']!r}), or train on from the model's and optimizer's states alone"
+                f"this state was saved in {state['mode']} and cannot be loaded in {self.mode}{chosen}; make the "
+                f"runtime with PrecisionRuntime({state['mode']!r}), or train on from the model's and optimizer's states alone"
             )
         self.scaler.load_state_dict(state["scaler"])
         self.updates.load_state_dict(state.get("updates", {}), self._named())
