@@ -47,6 +47,10 @@ class Bookkeeper(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the compiler is told to stay away once and for all below; torch's own guard costs much per op
+
     def __init__(self, modules: Mapping[str, nn.Module], tf32: bool = False) -> None:
         super().__init__()
         self.work: dict[Key, float] = {}
