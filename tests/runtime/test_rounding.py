@@ -1,4 +1,4 @@
-"""Stochastic rounding: every word tried, the mean compared with the value as fractions; torchao as an outside witness."""
+"""Stochastic rounding: every word tried, the mean compared as fractions; torchao as an outside witness."""
 
 import math
 from fractions import Fraction

@@ -271,7 +271,7 @@ def test_modes_with_float32_weights_refuse_them(mode, way):
 
 
 def test_unknown_ways_and_foreign_states_are_refused():
-    with pytest.raises(UnknownNameError, match="'stochastik'.*Did you mean 'stochastic'"):
+    with pytest.raises(UnknownNameError, match=r"'stochastik'.*Did you mean 'stochastic'"):
         PrecisionRuntime("bf16-true", "cpu", updates="stochastik")
     with pytest.raises(ConfigurationError, match="updates=3"):
         PrecisionRuntime("bf16-true", "cpu", updates=3)
