@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 import torch
 
+from precision_runtime.float8.quantizing import quotient
 from precision_runtime.float8.recipes import DelayedScaling
 from precision_runtime.formats import FORMATS
 
@@ -59,7 +60,7 @@ def step(memory: Memory, side: str, recipe: DelayedScaling) -> None:
     seen = newest != 0
     amax = history.amax(0) if recipe.amax_compute_algo == "max" else newest
     largest = FORMATS[recipe.formats[side == "bwd"]].max
-    wanted = ((largest / amax) / 2.0**recipe.margin).clamp(max=_LARGEST)
+    wanted = (quotient(largest, amax) / 2.0**recipe.margin).clamp(max=_LARGEST)
     scale.copy_(torch.where(seen & torch.isfinite(amax) & (amax > 0), wanted, scale))
     moved = torch.roll(history, -1, 0)
     moved[0] = 0

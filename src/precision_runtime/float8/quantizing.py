@@ -49,12 +49,17 @@ def largest_magnitude(tensor: torch.Tensor) -> torch.Tensor:
     return torch.maximum(-low, high).float()
 
 
+def quotient(number: float, tensor: torch.Tensor) -> torch.Tensor:
+    """``number`` / ``tensor``, rounded once: torch computes ``2.0 / tensor`` as 2.0 times a rounded reciprocal."""
+    return torch.full_like(tensor, number) / tensor
+
+
 def scale_for(amax: torch.Tensor, form: Format, power_of_two: bool) -> torch.Tensor:
     """The scale that takes ``amax`` to the largest number of ``form``; 1 where amax is 0, inf or NaN.
 
     A power of two is the next lower one, so that nothing saturates.
     """
-    scale: Any = (form.max / amax).clamp(max=_LARGEST)
+    scale: Any = quotient(form.max, amax).clamp(max=_LARGEST)
     if power_of_two:
         scale = scale.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
     result: torch.Tensor = torch.where((amax > 0) & torch.isfinite(amax), scale, torch.ones_like(scale))
@@ -97,7 +102,7 @@ def by_nvfp4(tensor: torch.Tensor, block: tuple[int, int], by_chance: bool) -> O
     whole = peaks.max()
     # What takes the tensor's largest magnitude to the largest E2M1 number times the largest E4M3 scale. In a tensor of
     # zeros it is float32's largest number, and for inf 1: division by 0 gives neither inf nor NaN then.
-    encode = (_E4M3.max * _E2M1.max / whole).clamp(max=_LARGEST)
+    encode = quotient(_E4M3.max * _E2M1.max, whole).clamp(max=_LARGEST)
     encode = torch.where(encode == 0, torch.ones_like(encode), encode)
     decode = encode.reciprocal()
     scales = rounded(peaks * (encode * (1.0 / _E2M1.max)), _E4M3)
