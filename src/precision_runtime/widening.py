@@ -88,9 +88,8 @@ def widen_state(optimizer: Optimizer, wider: Mapping[torch.dtype, torch.dtype]) 
         if target is None:
             continue
         for key, value in state.items():
-            if (
-                torch.is_tensor(value) and value.dtype is parameter.dtype and value.dim()
-            ):  # Adafactor keeps rows, columns
+            # Counters have no dimension. Adafactor's state has other shapes than its parameter.
+            if torch.is_tensor(value) and value.dtype is parameter.dtype and value.dim():
                 state[key] = value.to(target)
 
 
