@@ -71,7 +71,7 @@ def _with_op(finding: Finding, blame: Blame | None) -> Finding:
     if blame is None:
         return finding
     kind = blame.kind if blame.kind is not None and finding.kind == "instability" else finding.kind
-    message = finding.message + (f"; {blame.cause}" if blame.cause else "")
+    message = finding.message + (f"; {blame.did}" if blame.did else "")
     return replace(finding, kind=kind, op=blame.op, message=message, line=blame.line or None, proof=blame.proof or None)
 
 

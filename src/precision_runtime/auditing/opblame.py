@@ -8,8 +8,9 @@ Two searches, by cause and by effect:
   times what its operands were (an unstable formula), whose own kernel is wrong, whose whole numbers were lost.
 
 The cause is named, with two exceptions. A chain of functions of one value, such as log(sigmoid(x)) or 1 - cos(x), is a
-formula, and the op of it that amplifies is named: nothing is wrong with a rounded sigmoid. And a gradient in which inf
-or NaN is born in an op's derivative has that op named: its forward result is right.
+formula, and the op of it that amplifies is named (with its derivative, where a gradient fails): nothing is wrong with a
+rounded sigmoid. And where the cause alone in FP64 leaves more than a trace of the failure, other roundings are as bad:
+then the op behind them all that amplifies is named, such as the subtraction of mean(x)^2 from mean(x^2).
 Whatever is named is then computed in FP64 alone, and the figure that remains is the proof; where it fails, the next
 candidate is tried, and where all fail, the finding says so.
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -46,19 +47,23 @@ class Blame:
     op: str | None
     line: str = ""
     kind: Kind | None = None  # None: the verdict's own kind stands
-    cause: str = ""
+    did: str = ""
     proof: str = ""
     proven: bool = False
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Sites to compute in FP64, and which of them to name, with a sentence on why."""
+    """Sites to compute in FP64, and the event that names one of them, with what it did.
+
+    ``whole``: only the whole repair proves it, not most of it.
+    """
 
     sites: tuple[Site, ...]
     event: Event
-    cause: str
+    did: str
     kind: Kind | None = None
+    whole: bool = False
 
 
 def blame_op(stage: Stage, verdict: Verdict) -> Blame | None:
@@ -80,13 +85,12 @@ def _search(stage: Stage, verdict: Verdict) -> Blame | None:
     following = Following()
     scene.figure(following)
     search = _Search(scene, before, following.events, following.count)
-    tried: list[tuple[_Candidate, float]] = []
+    tried: list[_Candidate] = []
     for candidate in search.candidates():
-        if all(candidate.sites != t.sites for t, _ in tried):
-            tried.append((candidate, search.without(candidate)))
-            if search.proves(tried[-1][1]):
-                return search.named(*tried[-1], proven=True)
-    return search.named(*tried[0], proven=False) if tried else None
+        tried.append(candidate)
+        if search.proves(candidate):
+            return search.named(candidate, proven=True)
+    return search.named(tried[0], proven=False) if tried else None
 
 
 def _again(stage: Stage, verdict: Verdict) -> tuple[Scene, float]:
@@ -106,7 +110,8 @@ class _Search:
     before: float
     events: dict[int, Event]
     count: int
-    whole: float = 0.0  # the figure with every op in FP64
+    remains: float = 0.0  # the figure with every op in FP64
+    figures: dict[tuple[Site, ...], float] = field(default_factory=dict)
 
     def candidates(self) -> Iterator[_Candidate]:
         """Most likely first; each is computed only where those before it were not proven."""
@@ -115,7 +120,11 @@ class _Search:
             formula = None if cause.born else self._formula(cause)
             if formula is not None:
                 yield _Candidate((cause.step.site, formula.step.site), formula, self._breaks(formula))
-            yield _Candidate((cause.step.site,), cause, *self._lost(cause))
+            amplifier = self._amplifier(cause) if math.isfinite(self.before) else None
+            yield _Candidate((cause.step.site,), cause, *self._lost(cause), whole=amplifier is not None)
+            if amplifier is not None:
+                yield _Candidate(self._between(cause, amplifier), amplifier, self._breaks(amplifier))
+                yield _Candidate((cause.step.site,), cause, *self._lost(cause))
         backward = self.scene.verdict.where == "backward"
         born = next((e for e in self.events.values() if e.born and (e.step.backward or not backward)), None)
         if born is not None:
@@ -124,42 +133,49 @@ class _Search:
         if steep is not None:
             yield _Candidate((steep.step.site,), steep, self._breaks(steep))
 
-    def proves(self, after: float) -> bool:
-        """Whether what remains is so little that the op was guilty."""
-        return after <= self.scene.line or (math.isfinite(self.before) and after * FALL <= self.before)
+    def proves(self, candidate: _Candidate) -> bool:
+        """Whether what remains with it in FP64 is so little that it was guilty."""
+        after, line = self.without(candidate), self.scene.line
+        if candidate.whole:
+            return after <= line / 2.0
+        return after <= line or (math.isfinite(self.before) and after * FALL <= self.before)
 
-    def without(self, candidate: _Candidate, single: bool = False) -> float:
-        """The figure with the candidate's sites alone in FP64 (with ``single`` in FP32)."""
-        return self.scene.figure(Widening(lambda step: step.site in candidate.sites, single))
+    def without(self, candidate: _Candidate) -> float:
+        """The figure with the candidate's sites alone in FP64."""
+        if candidate.sites not in self.figures:
+            self.figures[candidate.sites] = self.scene.figure(Widening(lambda step: step.site in candidate.sites))
+        return self.figures[candidate.sites]
 
-    def named(self, candidate: _Candidate, after: float, proven: bool) -> Blame:
+    def named(self, candidate: _Candidate, proven: bool) -> Blame:
         """Put the verdict on a candidate into words."""
-        event = candidate.event
+        event, sites = candidate.event, candidate.sites
         op = event.step.name if candidate.kind == "kernel" and self._is_off(event) else event.step.site.op
-        who = " and ".join(dict.fromkeys(f"`{public_name(s.op)}`" for s in candidate.sites))
-        fell = f"from {bits(lost_bits(self.before))} to {bits(lost_bits(after))}"
-        if not proven:
+        names = list(dict.fromkeys(f"`{public_name(s.op)}`" for s in sites))
+        who = " and ".join(names) if len(names) < 3 else f"{names[-1]} and what feeds it, back to {names[0]},"
+        fell = f"from {bits(lost_bits(self.before))} to {bits(lost_bits(self.without(candidate)))}"
+        if proven:
+            proof = f"with {who} alone in FP64 the loss falls {fell}"
+            if self.scene.stage.mode.low:
+                single = self.scene.figure(Widening(lambda step: step.site in sites, single=True))
+                proof += f" (in FP32: {bits(lost_bits(single))})"
+        else:
             why = (
                 "so it does with every op in FP64: a value that depends on the dtype (torch.finfo, a constant, an "
                 "input) is to blame"
-                if self.whole > self.scene.line
+                if self.remains > self.scene.line
                 else "no single op explains it, the formula as a whole does"
             )
             proof = f"the proof fails: with {who} alone in FP64 the loss goes {fell}; {why}"
-            return Blame(public_name(op), event.step.site.line, candidate.kind, candidate.cause, proof)
-        proof = f"with {who} alone in FP64 the loss falls {fell}"
-        if self.scene.stage.mode.low:
-            proof += f" (in FP32: {bits(lost_bits(self.without(candidate, single=True)))})"
-        return Blame(public_name(op), event.step.site.line, candidate.kind, candidate.cause, proof, True)
+        return Blame(public_name(op), event.step.site.line, candidate.kind, candidate.did, proof, proven)
 
     # -- by effect --------------------------------------------------------------------------------------------------
 
     def _cause(self) -> Event | None:
         """The op whose result, once it is as the mode has it, no FP64 computation that follows repairs."""
-        self.whole = self._from(0)
-        if self.whole > self.scene.line:
+        self.remains = self._from(0)
+        if self.remains > self.scene.line:
             return None
-        target = min(self.scene.line, math.sqrt(max(self.whole, 0.1) * self.before))
+        target = min(self.scene.line, math.sqrt(max(self.remains, 0.1) * self.before))
         low, high = 0, self.count
         while high - low > 1:
             middle = (low + high) // 2
@@ -190,43 +206,69 @@ class _Search:
             alone.add(number)
             for shown in (event, *derivatives.get(event.step.site, ())):
                 broken = shown.born and shown.step.backward  # inf in a forward result is that of the cause's zero
-                if broken or self._amplification(shown) > self.scene.stage.judge.yardstick.limit:
+                if broken or self._amplification(shown) > self._limit:
                     return None if event.step.site == cause.step.site else shown
         return None
 
+    def _amplifier(self, cause: Event) -> Event | None:
+        """The first op that amplifies, among those that the cause's result flows into."""
+        inside = {cause.step.number}
+        for number, event in self.events.items():
+            if number <= cause.step.number or not any(s in inside for s in event.sources):
+                continue
+            inside.add(number)
+            if event.step.site != cause.step.site and self._amplification(event) > self._limit:
+                return event
+        return None
+
+    def _between(self, first: Event, last: Event) -> tuple[Site, ...]:
+        """The sites of ``last`` and of all that flows into it, no earlier than ``first``; ``last`` at the end."""
+        waiting, found = [last.step.number], set[int]()
+        while waiting:
+            number = waiting.pop()
+            if number not in found and number >= first.step.number and number in self.events:
+                found.add(number)
+                waiting += [s for s in self.events[number].sources if s is not None]
+        sites = dict.fromkeys(self.events[n].step.site for n in sorted(found))
+        return (*(s for s in sites if s != last.step.site), last.step.site)
+
     def _lost(self, event: Event) -> tuple[str, Kind | None]:
         """What the cause did, and the kind that this is; None leaves the verdict's."""
-        own_kind = self.scene.verdict.worst.kind is None and not self.scene.steep
+        op = f"`{public_name(event.step.site.op)}`"
+        free = self.scene.verdict.worst.kind is None and not self.scene.steep  # the verdict has no kind of its own
         alike = (event.step.site, event.step.name, event.step.backward)
         times = sum((e.step.site, e.step.name, e.step.backward) == alike for e in self.events.values())
         if event.born:
             return self._breaks(event), None
-        if event.lost or (event.step.site.op in _CASTS and own_kind):
-            what = "whole numbers beyond the dtype's exact ones change" if event.lost else "the value is rounded"
-            return f"{what} in this cast, and nothing after it can repair that", "cast" if own_kind else None
-        if event.zeros and (event.flushed > 0.5 or not own_kind):
-            text = f"{event.zeros} of {event.numel} values of its result became zero"
-            return text, "underflow" if own_kind else None
+        if event.lost:
+            return f"{op} changes whole numbers that are beyond the dtype's exact ones", "cast" if free else None
+        if event.step.site.op in _CASTS and free:
+            return f"{op} casts away what nothing after it can bring back", "cast"
+        if event.zeros and (event.flushed > 0.5 or not free):
+            return f"{op} makes {event.zeros} of {event.numel} values zero", "underflow" if free else None
         if self._is_off(event):
-            return (
-                f"its result is {event.local / self._u:.0f} times one rounding away from the right one for the "
-                "operands that it got", "kernel" if own_kind else None,
-            )  # fmt: skip
+            times_u = f"{event.local / self._u:.0f} times one rounding"
+            return f"{op} is {times_u} away from the right result for its operands", "kernel" if free else None
         if times >= MANY:
-            return f"it runs {times} times, and every result is rounded", "kernel" if own_kind else None
-        return "its result is rounded, and nothing after it can repair that", None
+            return f"{op} runs {times} times and rounds each result", "kernel" if free else None
+        return f"{op} rounds its result, and nothing after it can bring back what that loses", None
 
     def _breaks(self, event: Event) -> str:
-        whose = "the derivative of this op" if event.step.backward else "this op"
+        op = f"`{public_name(event.step.site.op)}`"
+        op = f"the derivative of {op}" if event.step.backward else op
         if event.born:
-            return f"inf or NaN is born in {whose}, from finite operands"
-        return f"{whose} amplifies: its result is off by {self._amplification(event):.0f} times what its operands were"
+            return f"inf or NaN is born in {op}, from finite operands"
+        return f"{op} amplifies: its result is off by {self._amplification(event):.0f} times what its operands were"
 
     def _amplification(self, event: Event) -> float:
         return event.outgoing / max(event.incoming, self._u)
 
     def _is_off(self, event: Event) -> bool:
-        return event.local > self.scene.stage.judge.yardstick.limit * self._u and not event.zeros
+        return event.local > self._limit * self._u and not event.zeros
+
+    @property
+    def _limit(self) -> float:
+        return self.scene.stage.judge.yardstick.limit
 
     @property
     def _u(self) -> float:
