@@ -11,7 +11,6 @@ from torch import nn
 
 from precision_runtime import PrecisionRuntime, Report
 from precision_runtime.auditing import Originals, References
-from precision_runtime.modes import parse_mode
 from pytest_precision.values import Values
 
 if TYPE_CHECKING:
@@ -34,13 +33,13 @@ class PrecisionContext(Values):
         references: Callable[[int], References] = lambda number: References(),
         record: Callable[[Report], None] = lambda report: None,
     ) -> None:
-        self.mode = mode
         self.accelerator = accelerator
         self.budget = budget
         self.gradients = gradients
         self.runtime = PrecisionRuntime(mode, accelerator=accelerator)
+        self.mode: str = self.runtime.mode.name  # of "auto": what it became
         super().__init__(self.runtime.device)
-        self.dtype: torch.dtype = getattr(torch, parse_mode(mode).params)
+        self.dtype: torch.dtype = getattr(torch, self.runtime.mode.params)
         self._originals = Originals()
         self._references = references
         self._record = record

@@ -31,7 +31,7 @@ def lend(request: pytest.FixtureRequest) -> Iterator[PrecisionContext]:
     if outcome is None:
         outcome = start(item, lane, str(request.param))
     answer = support(lane.mode, lane.accelerator)
-    outcome.accelerator, outcome.status = answer.accelerator, answer.status
+    outcome.accelerator, outcome.status, outcome.runs = answer.accelerator, answer.status, answer.runs
     if not answer.ok:
         item.user_properties.extend(outcome.properties())
         pytest.skip(f"{lane.mode} on {answer.accelerator}: {answer.reason}")

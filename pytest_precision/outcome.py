@@ -16,13 +16,17 @@ ATTRIBUTE = "precision"  # of a test report: a dict as ``Outcome.to_dict`` makes
 
 @dataclass
 class Outcome:
-    """One test in one lane. ``status`` is how the lane runs: native, emulated, unsupported; "" before that is known."""
+    """One test in one lane. ``status`` is how the lane runs: native, emulated, unsupported; "" before that is known.
+
+    ``runs`` is what the mode became on this machine where that is not what its name says ("auto": "bf16-mixed").
+    """
 
     case: str  # node id without the lane
     lane: str
     mode: str
     accelerator: str
     status: str = ""
+    runs: str = ""
     checks: list[dict[str, Any]] = field(default_factory=list)  # precision_runtime's Report.to_dict(), in order
 
     def to_dict(self) -> dict[str, Any]:
@@ -53,6 +57,7 @@ class Outcome:
             "precision.mode": self.mode,
             "precision.accelerator": self.accelerator,
             "precision.status": self.status,
+            **({"precision.runs": self.runs} if self.runs else {}),
         }
         if self.checks:
             known["precision.lost_bits"] = self.lost_bits

@@ -59,6 +59,11 @@ class Row:
         return str(self.data["mode"])
 
     @property
+    def runs(self) -> str:
+        """What the mode became on the machine, as "auto" and half on XLA do; else empty."""
+        return str(self.data.get("runs", ""))
+
+    @property
     def accelerator(self) -> str:
         """The accelerator's name; ``auto`` where the set-up never came to look."""
         return str(self.data["accelerator"])

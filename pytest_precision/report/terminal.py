@@ -69,7 +69,10 @@ def tables(rows: Sequence[Row], width: int, colour: bool, everything: bool) -> l
         shown = [case for case in cases if case in loud][:MOST_CASES]
     # Names have the room that they need, up to two thirds of the line; longer ones are folded.
     longest = max((len(line) for case in shown for line in _lines(case)), default=0)
-    columns = {lane: max(len(lane), *(len(cell(row).plain) for row in rows if row.lane == lane)) for lane in lanes}
+    columns = {
+        lane: max(len(word) for row in rows if row.lane == lane for word in (lane, _became(row), cell(row).plain))
+        for lane in lanes
+    }
     texts = []
     for beside in _fitting(columns, width - min(longest, 2 * width // 3)) if shown else ():
         table = _table(cells, shown, beside, rows)
@@ -130,7 +133,8 @@ def _table(cells: dict[tuple[str, str], Row], cases: Sequence[str], lanes: Seque
     table.add_column(Text("test"), overflow="fold")
     for lane in lanes:
         how = sorted({row.status for row in rows if row.lane == lane} - {"", "native", "unsupported"})
-        table.add_column(Text("\n".join([lane, *how])), justify="right", no_wrap=True)
+        became = sorted({_became(row) for row in rows if row.lane == lane} - {""})
+        table.add_column(Text("\n".join([lane, *became, *how])), justify="right", no_wrap=True)
     said = ""
     for case in cases:
         *file, name = _lines(case)
@@ -139,6 +143,10 @@ def _table(cells: dict[tuple[str, str], Row], cases: Sequence[str], lanes: Seque
             table.add_row(Text(said, style="bold"))
         table.add_row(Text(name), *(cell(cells.get((case, lane))) for lane in lanes))
     return table
+
+
+def _became(row: Row) -> str:
+    return f"as {row.runs}" if row.runs else ""
 
 
 def _lines(case: str) -> list[str]:

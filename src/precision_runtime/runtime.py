@@ -316,8 +316,9 @@ class PrecisionRuntime:
         if parse_mode(state["mode"], "a saved state").name != self.mode.name:
             chosen = f" ({self.support.reason})" if self.support.mode == AUTO.name else ""
             raise ConfigurationError(
-                f"this state was saved in {state['mode']} and cannot be loaded in {self.mode}{chosen}; make the "
-                f"runtime with PrecisionRuntime({state['mode']!r}), or train on from the model's and optimizer's states alone"
+                f"this state was saved in {state['mode']} and cannot be loaded in {self.mode}{chosen}; "
+                f"make the runtime with PrecisionRuntime({state['mode']!r}), or train on from the model's and "
+                "optimizer's states alone"
             )
         self.scaler.load_state_dict(state["scaler"])
         self.updates.load_state_dict(state.get("updates", {}), self._named())

@@ -13,6 +13,7 @@ from torch import nn
 from precision_runtime import forwarding
 from precision_runtime.accelerators import resolve
 from precision_runtime.auditing.blame import findings_of
+from precision_runtime.auditing.calls import moved_weights
 from precision_runtime.auditing.discover import find_modules, name_of
 from precision_runtime.auditing.dispatch import LowWatch, Trace, TrueDouble, plain_double
 from precision_runtime.auditing.failing import error_finding, user_line
@@ -30,6 +31,7 @@ from precision_runtime.auditing.replays import Yardstick
 from precision_runtime.auditing.runs import Run, execute, loss_gradient
 from precision_runtime.auditing.sheet import Sheet, input_name, sample_of
 from precision_runtime.auditing.worlds import Worlds, clone, widen_tree
+from precision_runtime.automatic import placed
 from precision_runtime.capability import support
 from precision_runtime.casting import TO, cast_module, cast_tree
 from precision_runtime.errors import AuditError, ConfigurationError, UnsupportedError
@@ -87,7 +89,7 @@ def audit(
     lane = support(parsed, accelerator)
     if not lane.ok:
         raise UnsupportedError(f"{parsed} on {lane.accelerator} cannot be audited here: {lane.reason}")
-    device = resolve(lane.accelerator)
+    parsed, device = placed(parsed, lane.accelerator).mode, resolve(lane.accelerator)
     with seeded(seed, device):
         trial = _Trial(
             function, args, dict(kwargs or {}), parsed, strategy_for(parsed, device), lane.status, lane.accelerator,
@@ -112,6 +114,7 @@ class _Trial:
             self.args, self.kwargs = map_tensors(lambda t: t.to(strategy.device), (args, kwargs))
         self.remarks: list[Remark] = []
         self._masking = Masking(mode.format)
+        self._products = FORMATS[mode.products].unit_roundoff if mode.family == "tf32" else 0.0
 
     def report(self) -> Report:
         worlds = Worlds(self.roots, self.originals)
@@ -129,7 +132,7 @@ class _Trial:
             low = self._low(worlds)
         except Exception as error:
             return self._does_not_run(worlds, error)
-        self._alike, self._calls = low.recomputed, low.calls
+        self._alike, self._calls, self._scale = low.recomputed, low.calls, low.scale
         self._exact = Exact(widen_tree((self.args, self.kwargs)), getattr(torch, self.mode.compute))
         try:
             reference = self._reference(worlds)
@@ -214,7 +217,7 @@ class _Trial:
                 cotangent=loss_gradient(self.seed) if self.gradients else None,
                 parameters=self._parameters.values(),
                 scales=SCALES if self.mode.scaled else SUM_SCALES if self.mode.low else (1.0,),
-                forward_context=self._lane,
+                forward_context=self._lane, backward_context=self.strategy.backward,
             )  # fmt: skip
 
     @contextmanager
@@ -227,12 +230,13 @@ class _Trial:
             yield
 
     def _true(self, worlds: Worlds, noise: Noise | None = None) -> tuple[Run, TrueDouble]:
-        parameters = noise.parameters(worlds.true_parameters, set(worlds.true_parameters)) if noise else None
+        moved = moved_weights(self._calls) if noise else {}
+        parameters = noise.parameters(worlds.true_parameters, set(worlds.true_parameters), moved) if noise else None
         buffers = noise.buffers(worlds.true_buffers) if noise and not self.mode.low else None
         with (
             worlds.true(parameters=parameters, buffers=buffers),
             plain_double(),
-            TrueDouble(noise, self._watch.frames[0].decisions, self._masking) as mode,
+            TrueDouble(noise, self._watch.frames[0].decisions, self._masking, self._products) as mode,
         ):
             reseed(self.seed)
             inputs = widen_tree((self.args, self.kwargs))
@@ -241,7 +245,7 @@ class _Trial:
             recorder = Recorder(
                 worlds.names, worlds, outputs=noise is None, gradients=self.gradients and noise is None,
                 perturb=noise, skip=skip, alike=self._alike,
-                marks=mode.marks if noise else None, twins=self._calls if noise else (),
+                marks=mode.marks if noise else None, twins=self._calls if noise else (), scale=self._scale,
             )  # fmt: skip
             plain = loss_gradient(self.seed)
 
@@ -291,6 +295,7 @@ class _Trial:
             self._alike,
             not self.mode.low,
             self._masking,
+            self._products,
         )
         names = _parameter_names(worlds)
         true_grads = {k: reference.parameter_grads[n] for k, n in names.items() if n in reference.parameter_grads}
@@ -311,15 +316,12 @@ class _Trial:
 
         def sample(number: int, width: float) -> Sample:
             # Decisions were rounded in other places in other modes.
-            key = (
-                width * forward_u,
-                width * step,
-                self._exact.key,
-                tuple(d for c in low.calls for d in c.trace.decisions),
-            )
+            own = self.mode.name if self._products or any(c.moved for c in low.calls) else ""
+            decisions = tuple(d for c in low.calls for d in c.trace.decisions)
+            key = (width * forward_u, width * step, own, self._exact.key, decisions)
             made = reference.samples.setdefault(key, [])
             while len(made) <= number:
-                run, _ = self._true(worlds, Noise(width * forward_u, self.seed, len(made), width * step))
+                run, _ = self._true(worlds, yardstick.noise(forward_u, len(made), width))
                 made.append(sample_of(run, names))
             return made[number]
 
