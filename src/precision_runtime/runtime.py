@@ -30,6 +30,7 @@ from precision_runtime.modes import AUTO, Mode, parse_mode
 from precision_runtime.optimizers import warn_of_fatal
 from precision_runtime.options import Options, islands_of, mode_of, names_of, recipe_of, with_dtypes
 from precision_runtime.scaling import NullScaler, Scaler, scaler_from
+from precision_runtime.scaling.agreement import refuse_flat
 from precision_runtime.strategies import Strategy, strategy_for
 from precision_runtime.updates import Updates, updates_from
 
@@ -86,7 +87,8 @@ class PrecisionRuntime:
         amp_level: object = None,
     ) -> None:
         asked = mode_of(mode, amp_backend, amp_level)
-        place = placed(asked, name_of(accelerator))
+        name = name_of(accelerator)
+        place = placed(asked, name)
         self.mode: Mode = with_dtypes(place.mode, compute_dtype, weights_dtype)
         options = Options(
             names_of(ignore_modules, "ignore_modules"),
@@ -99,7 +101,7 @@ class PrecisionRuntime:
                 f"{self.mode} stores no weights in 4 or 8 bits: quantize_embeddings has no meaning in it; leave it out"
             )
         self.device: torch.device = resolve(accelerator)
-        self.support = support(asked if self.mode is place.mode else self.mode, self.device, options.recipe)
+        self.support = support(asked if self.mode is place.mode else self.mode, name, options.recipe)
         if not self.support.ok:
             raise UnsupportedError(f"{self.mode} cannot run on {self.support.accelerator}: {self.support.reason}")
         if scaler is not None and not self.mode.scaled:
@@ -186,7 +188,8 @@ class PrecisionRuntime:
         """
         if (max_norm is None) == (clip_value is None):
             raise ConfigurationError(f"clip_gradients needs max_norm or clip_value, got {max_norm=}, {clip_value=}")
-        self._optimizers.add(optimizer)
+        if optimizer not in self._optimizers:
+            self._meet(optimizer)
         self.masters.gather((optimizer,))
         doomed = bool(self.scaler.unscale(optimizer))
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -197,6 +200,7 @@ class PrecisionRuntime:
         if doomed:
             return torch.tensor(float("inf"), device=self.device)
         assert max_norm is not None
+        refuse_flat(parameters)
         norm = _total_norm(parameters, norm_type)
         if not torch.isfinite(norm):
             names = self._names([p for p in parameters if p.grad is not None and not torch.isfinite(p.grad).all()])
