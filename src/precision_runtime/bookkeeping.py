@@ -29,7 +29,7 @@ _UNNUMBERED = 2**64 - 1  # nodes that add up the gradient of a leaf belong to no
 
 @dataclass(frozen=True)
 class Key:
-    """What work is summed by. ``dtype`` is a dtype's name, or the name of a format that a layer emulates or stores."""
+    """What work is summed by. ``dtype`` is a dtype's name, or the name of a format that a layer emulates."""
 
     module: str
     where: str  # forward, backward

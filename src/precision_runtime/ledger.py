@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from precision_runtime.bookkeeping import OUTSIDE, Bookkeeper
+from precision_runtime.bookkeeping import OUTSIDE, Bookkeeper, Key
 from precision_runtime.errors import ConfigurationError, PrecisionError
 from precision_runtime.islands import island_around, islands_in
+from precision_runtime.layers import QuantizedLayer
 from precision_runtime.work import Kind
 
 # Everything else that a product or reduction runs in has fewer bits of significand than float32.
@@ -38,8 +39,9 @@ WHERE = ("forward", "backward")
 class Entry:
     """Work of one module itself (not of modules inside it). ``work``: operations of a product, elements of a reduction.
 
-    ``dtype`` is that of a product's operands or of a reduction's result, or what the layer says that it emulates or
-    stores (``float8_e4m3fn``, ``nf4``). ``island``: the module is, or lies in, a declared island.
+    ``dtype`` is that of a product's operands or of a reduction's result, or the format that the layer says it rounds
+    operands to (``float8_e4m3fn``). ``weights``: the format that the layer stores its weight in, where that is another
+    (``nf4``). ``island``: the module is, or lies in, a declared island.
     """
 
     module: str
@@ -49,6 +51,7 @@ class Entry:
     dtype: str
     work: float
     island: bool = False
+    weights: str = ""
 
     @property
     def low(self) -> bool:
@@ -66,6 +69,12 @@ class Part:
     low: float
     dtypes: dict[str, float]  # work by dtype
     island: bool
+    weights: str
+
+    def __str__(self) -> str:
+        stored = f"weights in {self.weights}" if self.weights else ""
+        about = ", ".join(filter(None, (self.type, stored, "an island" if self.island else "")))
+        return _shown(self.module) + (f" ({about})" if about else "")
 
 
 class Ledger:
@@ -110,16 +119,18 @@ class Ledger:
         book.__exit__(kind, error, trace)
         islands = _islands(self._models)
         self._entries = tuple(
-            Entry(
-                key.module, type(self._modules[key.module]).__name__ if key.module in self._modules else "",
-                key.where, key.kind, key.dtype, work, _is_island(key.module, islands),
-            )
-            for key, work in book.work.items()
-        )  # fmt: skip
+            self._entry(key, work, _is_island(key.module, islands)) for key, work in book.work.items()
+        )
         self.unknown = tuple(sorted(book.unknown))
         self._modules = {}
         if self._done is not None and error is None:
             self._done(self)
+
+    def _entry(self, key: Key, work: float, island: bool) -> Entry:
+        module = self._modules.get(key.module)
+        kind = "" if module is None else type(module).__name__
+        stored = module.storage if isinstance(module, QuantizedLayer) and key.kind == "product" else ""
+        return Entry(key.module, kind, key.where, key.kind, key.dtype, work, island, stored)
 
     @property
     def recorded(self) -> bool:
@@ -158,7 +169,7 @@ class Ledger:
             if entry.kind == kind:
                 found.setdefault(entry.module, []).append(entry)
         parts = [
-            Part(name, es[0].type, sum(e.work for e in es), _share(es), _by_dtype(es), es[0].island)
+            Part(name, es[0].type, sum(e.work for e in es), _share(es), _by_dtype(es), es[0].island, es[0].weights)
             for name, es in found.items()
         ]
         return sorted(parts, key=lambda part: -part.work)
@@ -243,11 +254,8 @@ class Ledger:
             if not total:
                 continue
             for part in parts[:most]:
-                name = _shown(part.module) + (f" ({part.type})" if part.type else "")
-                table.add_row(
-                    f"{name}, an island" if part.island else name, noun, f"{part.work / total:.1%}",
-                    f"{part.low:.1%}", _ran(part.dtypes, part.work),
-                )  # fmt: skip
+                share = f"{part.work / total:.1%}"
+                table.add_row(str(part), noun, share, f"{part.low:.1%}", _ran(part.dtypes, part.work))
             if len(parts) > most:
                 rest = sum(part.work for part in parts[most:])
                 table.add_row(f"{len(parts) - most} more", noun, f"{rest / total:.1%}", "", "")

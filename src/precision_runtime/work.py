@@ -104,8 +104,11 @@ _SAME_AS: Mapping[str, Any] = MappingProxyType(
 )
 # Where the first operand of the product is not the first argument.
 _OPERAND: Mapping[str, int] = MappingProxyType(
-    {"aten::addmm": 1, "aten::baddbmm": 1, "aten::_addmm_activation": 1, "aten::addmv": 1, "aten::addbmm": 1}
-)
+    {
+        "aten::addmm": 1, "aten::baddbmm": 1, "aten::_addmm_activation": 1, "aten::addmv": 1, "aten::addbmm": 1,
+        "bitsandbytes::int8_mixed_scaled_mm": 1,  # the codes; columns with outliers, few, are multiplied unrounded
+    }
+)  # fmt: skip
 
 
 def _twice(position: int) -> Count:

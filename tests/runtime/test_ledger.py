@@ -209,7 +209,7 @@ def test_declared_islands_do_not_count_against_the_mode():
     assert ledger.low_precision == pytest.approx(5 / 8)
     assert runtime.verify(1.0) == 1.0
     assert [(p.module, p.island, p.low) for p in ledger.parts() if p.island] == [("1.0", True, 0.0)]
-    assert "1.0 (Linear), an island" in str(ledger)
+    assert "1.0 (Linear, an island)" in str(ledger)
 
 
 def test_a_model_of_islands_only_proves_nothing():
