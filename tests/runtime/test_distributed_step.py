@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 
+from precision_runtime.errors import ConfigurationError
 from precision_runtime.runtime import PrecisionRuntime
 from precision_runtime.scaling import DynamicScaler, agreement
 
@@ -47,6 +48,18 @@ def test_whole_parameters_are_judged_here_and_sharded_ones_together(alone, monke
     assert result.skipped is (sharded and elsewhere)
     assert result.culprits == (("a parameter of another process",) if result.skipped else ())
     assert result.scale == (4.0 if result.skipped else 8.0)
+
+
+def test_a_norm_of_one_part_is_refused_and_a_limit_by_value_is_not():
+    p = nn.Parameter(torch.ones(1))
+    p._fsdp_flattened = True
+    opt = torch.optim.SGD([p], lr=1.0)
+    rt = PrecisionRuntime("bf16-mixed", "cpu")
+    rt.backward(p.sum())
+    with pytest.raises(ConfigurationError, match="sharded by FSDP1"):
+        rt.clip_gradients(opt, max_norm=1.0)
+    rt.clip_gradients(opt, clip_value=0.5)
+    assert p.grad.item() == 0.5
 
 
 def worker(rank, folder, results):

@@ -1,6 +1,7 @@
 """Training that keeps small updates: stochastic rounding, compensation, and the meter."""
 
 import copy
+from contextlib import nullcontext
 from fractions import Fraction
 
 import pytest
@@ -44,15 +45,15 @@ def test_an_update_below_half_a_unit_is_lost_to_nearest_and_kept_by_the_others(m
     ends = {}
     for way in (None, *WIDE):
         rt, model, opt = one_weight(1.0, 2048, mode, updates=way)
-        for _ in range(512):
+        for _ in range(128):
             step(rt, model, opt, -small)
         ends[way] = model[0].detach().double().mean().item()
-    exact = 1 + 512 * small  # 1.0625
+    exact = 1 + 128 * small  # 1 + 2^-6, which both formats hold
     assert ends[None] == 1.0
     assert ends["kahan"] == exact
-    # The walk of one weight: 512 independent steps of one unit, gap g, with p = small / g; 2048 weights are averaged.
+    # The walk of one weight: 128 independent steps of one unit, gap g, with p = small / g; 2048 weights are averaged.
     gap = torch.finfo(HALF[mode]).eps
-    spread = (512 * small * gap / 2048) ** 0.5
+    spread = (128 * small * gap / 2048) ** 0.5
     assert abs(ends["stochastic"] - exact) < 5 * spread
 
 
@@ -384,3 +385,43 @@ def test_the_meter_refuses_closures_and_ends_when_user_code_raises():
         rt.step(opt, lambda: None)
     step(rt, model, opt, 1.0)
     assert rt.step(opt, lambda: None).skipped is False
+
+
+# What it is for
+
+
+def test_small_steps_reach_float32s_loss_with_either_way_and_do_not_without():
+    """AdamW at 1e-4 on weights near 0.1 to 0.9: below half a unit of bfloat16 for most of them."""
+
+    def trained(mode, updates=None, seed=0):
+        torch.manual_seed(0)
+        rt = PrecisionRuntime(mode, "cpu", updates=Stochastic(seed) if updates == "stochastic" else updates)
+        model = nn.Linear(16, 8, bias=False)
+        with torch.no_grad():
+            model.weight.copy_(0.2 + 0.8 * torch.rand(8, 16).bfloat16())
+        truth = model.weight.detach().clone() + 0.03 * torch.randn(8, 16)
+        model, opt = rt.setup(model, torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0))
+        generator, lost = torch.Generator().manual_seed(7), rt.lost_updates()
+        for number in range(400):
+            x = torch.randn(64, 16, generator=generator)
+            opt.zero_grad()
+            rt.backward((model(x) - x @ truth.T).square().mean())
+            with lost if number % 100 == 50 else nullcontext():
+                rt.step(opt)
+        return (model.weight.detach().double() - truth.double()).square().mean().item(), lost.share
+
+    start = 0.03**2
+    (single, _), (nearest, lost) = trained("32-true"), trained("bf16-true")
+    assert single < start / 3
+    assert (nearest > 0.9 * start, lost > 0.9) == (True, True)  # nothing was learned, and the meter knows why
+
+    storing = 2.0**-16 / 3  # what bfloat16 weights below 1 must cost, by storing the answer alone: u²/3
+    compensated, lost = trained("bf16-true", "kahan")
+    assert compensated < single + 2 * storing
+    assert lost < 0.1  # of Adam's last steps, which are below the residual's last place, too
+
+    # A random rounding adds step times gap to the mean square, 1e-4 * 2^-8 at most, and AdamW takes back what is larger
+    # than its own steps: in gap / step = 40 steps for one gap, and some times that for several.
+    seeds = [trained("bf16-true", "stochastic", seed) for seed in range(3)]
+    assert sum(error for error, _ in seeds) / 3 < single + 2 * storing + 200 * 1e-4 * 2.0**-8
+    assert {share for _, share in seeds} == {0.0}
