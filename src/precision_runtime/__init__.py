@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from precision_runtime.auditing import audit as audit
     from precision_runtime.capability import Support as Support
     from precision_runtime.capability import support as support
+    from precision_runtime.keeping import Island as Island
+    from precision_runtime.ledger import Ledger as Ledger
     from precision_runtime.modes import MODES as MODES
     from precision_runtime.modes import parse_mode as parse_mode
     from precision_runtime.record import Finding as Finding
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 _HOME = {
     "MODES": "modes",
     "Finding": "record",
+    "Island": "keeping",
+    "Ledger": "ledger",
     "PrecisionRuntime": "runtime",
     "Report": "record",
     "StepResult": "runtime",
