@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from precision_runtime.casting import FLOATING
+from precision_runtime.errors import ConfigurationError
 from precision_runtime.keeping import Island
 
 # n values in any order happen to be ascending or descending with a chance of 2 / n!.
@@ -33,7 +34,8 @@ def find_tables(root: nn.Module, dtype: torch.dtype, wide: str = "float32") -> I
 
     Where the module that holds a float32 table has no parameters (a rotary embedding) the whole module is the island,
     so that what it computes from the table is computed wide and leaves in the mode's dtype; otherwise the buffer alone.
-    ``wide`` is the dtype's name for these. Running statistics of norms are no tables.
+    ``wide`` is the dtype's name for these. Running statistics of norms are no tables. Raises ``ConfigurationError`` for
+    buffers on the meta device.
     """
     for path, owner in root.named_modules():
         if isinstance(owner, _NormBase):
@@ -47,6 +49,11 @@ def find_tables(root: nn.Module, dtype: torch.dtype, wide: str = "float32") -> I
                 yield Island(whole, "buffer", real, "auto: a complex buffer")
             elif buffer.dtype is torch.float64:
                 yield Island(whole, "buffer", "float64", "auto: a float64 buffer")
+            elif buffer.is_meta and buffer.dtype in FLOATING:
+                raise ConfigurationError(
+                    f"islands='auto' looks at what buffers hold, and {whole!r} is on the meta device, where nothing is "
+                    "held. Make the model on a real device, or name its islands"
+                )
             elif buffer.dtype in FLOATING and is_changed(buffer, dtype) and (law := law_of(buffer)):
                 if path and next(owner.parameters(), None) is None:
                     yield Island(path, "module", wide, f"auto: its buffer {name!r} holds {law}")
@@ -61,7 +68,7 @@ def is_changed(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
 
 def law_of(table: torch.Tensor) -> str:
     """What kind of table these values are, as a noun; "" where they follow no law that is looked for."""
-    if not table.is_floating_point() or table.is_meta or not bool(table.isfinite().all()):
+    if not table.is_floating_point() or not bool(table.isfinite().all()):
         return ""
     values = table.detach().squeeze().double()
     if values.dim() == 1 and len(values) >= _LEAST_STEPS and _is_monotone(values):

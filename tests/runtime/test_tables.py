@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from precision_runtime.errors import ConfigurationError
 from precision_runtime.islands import islands_in
 from precision_runtime.runtime import PrecisionRuntime
 from precision_runtime.tables import find_tables, law_of
@@ -146,3 +147,29 @@ def test_auto_goes_along_with_names():
     runtime.setup(model)
     assert [i.path for i in runtime.islands] == ["0", "1"]
     assert [p.dtype for p in model.parameters()] == [torch.float32] * 2 + [torch.bfloat16] * 2
+
+
+def test_auto_says_that_it_cannot_judge_what_holds_nothing():
+    model = nn.Sequential(Holder(inv_freq=frequencies()).to("meta"))
+    with pytest.raises(ConfigurationError, match=r"'0\.inv_freq' is on the meta device"):
+        list(find_tables(model, torch.bfloat16))
+
+
+def test_auto_keeps_a_product_of_positions_and_frequencies_out_of_autocast():
+    class Rotary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("inv_freq", frequencies(), persistent=False)
+
+        def forward(self, x):
+            angle = torch.arange(x.shape[-2]).float()[:, None] @ self.inv_freq[None]
+            return torch.cat([angle.cos(), angle.sin()], -1)
+
+    exact = torch.outer(torch.arange(500.0).double(), frequencies().double()).cos()
+    worst = {}
+    for islands in ("auto", ()):
+        model = nn.Sequential(Rotary())
+        PrecisionRuntime("bf16-mixed", "cpu", islands=islands).setup(model)
+        worst[islands] = (model(torch.randn(500, 64))[:, :32] - exact).abs().max().item()
+    assert worst["auto"] < 2.0**-14  # angles of 500 radians in float32
+    assert worst[()] > 1.0  # 499 is 500 in bfloat16
