@@ -312,6 +312,23 @@ def test_islands_in_float32_step_as_they_are():
     assert set(rt.state_dict()["updates"]["residuals"]) == {"0.weight", "0.bias"}
 
 
+@pytest.mark.parametrize("mode", ["transformer-engine", "transformer-engine-float16", "apex-O3"])
+@pytest.mark.parametrize("way", WIDE)
+def test_every_mode_with_half_weights_takes_them(mode, way):
+    torch.manual_seed(0)
+    rt, model = PrecisionRuntime(mode, "cpu", updates=way), nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 16))
+    model, opt = rt.setup(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    x, losses = torch.randn(16, 32), []
+    for _ in range(4):
+        opt.zero_grad()
+        loss = model(x).square().mean()
+        rt.backward(loss)
+        rt.step(opt)
+        losses.append(loss.item())
+    assert losses[3] < losses[0]
+    assert {v.dtype for state in opt.state.values() for v in state.values()} == {torch.float32}
+
+
 # The meter
 
 
