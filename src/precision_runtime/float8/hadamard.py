@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from precision_runtime.float8.wide import without_autocast
+
 SIZE = 16
 _SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
@@ -21,5 +23,6 @@ def matrix(device: torch.device) -> torch.Tensor:
 
 def rotated(values: torch.Tensor) -> torch.Tensor:
     """Each run of 16 values along the first dimension times the matrix; float32, rounded to bfloat16 as on the GPU."""
-    turned: torch.Tensor = matrix(values.device).t() @ values.unflatten(0, (-1, SIZE))
+    with without_autocast(values.device.type):
+        turned: torch.Tensor = matrix(values.device).t() @ values.unflatten(0, (-1, SIZE))
     return turned.flatten(0, 1).bfloat16().float()

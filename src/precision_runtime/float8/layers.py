@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 from torch.nn import functional
 
 from precision_runtime.errors import ConfigurationError
@@ -31,29 +33,20 @@ class Float8Linear(nn.Linear):
     scaling: history.Memory
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """The layer, in a step of its own where no set-up model is running."""
+        """The layer."""
         weight = self.weight
         if weight.dtype is torch.float64 or not input.is_floating_point() or not input.numel():
             return functional.linear(input, weight, self.bias)
-        if current() is None:
-            with region():
-                return self._multiply(input, weight)
-        return self._multiply(input, weight)
+        if torch.compiler.is_dynamo_compiling():
+            return _in_python(self, input)
+        return self.multiplied(input)
 
-    # The compiler leaves this function to Python (it reads the attribute): it notes magnitudes as it goes.
-    forward._torchdynamo_disable = True  # type: ignore[attr-defined]
-
-    def _multiply(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        rows = input.reshape(-1, input.shape[-1])
-        result = cast(torch.Tensor, Product.apply(rows, weight, self.bias, self))
-        return result.view(*input.shape[:-1], weight.shape[0])
-
-    @property
-    def ledger_dtype(self) -> dict[str, str] | None:
-        """For a ledger, which sees float32 products: the formats that their operands were rounded to."""
-        if self.weight.dtype is torch.float64:
-            return None
-        return dict(zip(("forward", "backward"), self.recipe.formats, strict=True))
+    def multiplied(self, input: torch.Tensor) -> torch.Tensor:
+        """The FP8 product, in a step of its own where no set-up model is running."""
+        with contextlib.nullcontext() if current() else region():
+            rows = input.reshape(-1, input.shape[-1])
+            result = cast(torch.Tensor, Product.apply(rows, self.weight, self.bias, self))
+        return result.view(*input.shape[:-1], -1)
 
     @property
     def scheme(self) -> Scheme:
@@ -148,6 +141,12 @@ class Float8LayerNorm(nn.LayerNorm):
         return functional.layer_norm(
             input.float(), self.normalized_shape, weight.float(), self.bias.float(), self.eps
         ).to(weight.dtype)
+
+
+@_disable_dynamo
+def _in_python(layer: Float8Linear, input: torch.Tensor) -> torch.Tensor:
+    """What a compiled model calls as it is: the layer notes magnitudes as it goes, which no graph would repeat."""
+    return layer.multiplied(input)
 
 
 LAYERS: Mapping[type[nn.Module], type[nn.Module]] = {nn.Linear: Float8Linear, nn.LayerNorm: Float8LayerNorm}

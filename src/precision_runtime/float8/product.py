@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from precision_runtime.errors import UnsupportedError
 from precision_runtime.float8.quantizing import Operand
+from precision_runtime.float8.wide import without_autocast
 
 if TYPE_CHECKING:
     from precision_runtime.float8.layers import Float8Linear
@@ -33,9 +32,16 @@ class Product(torch.autograd.Function):
         return result.to(weight.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """dx, dw, db. The bias's gradient is summed from the gradient as it came, which is not rounded for it."""
+        """dx, dw, db. The bias's gradient is summed from the gradient as it came, which is not rounded for it.
+
+        Raises ``UnsupportedError`` under ``create_graph``: a second derivative would silently lack these layers' share.
+        """
+        if torch.is_grad_enabled():
+            raise UnsupportedError(
+                "FP8 layers have no second derivative, and backward was called with create_graph=True. Layers whose "
+                "gradients are differentiated again have to stay out of FP8: ignore_modules=(...), or islands={...}"
+            )
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         dx = dw = db = None
@@ -50,22 +56,9 @@ class Product(torch.autograd.Function):
 
 def multiplied(left: Operand, right: torch.Tensor, right_factor: torch.Tensor | None) -> torch.Tensor:
     """The float32 product of two matrices with their factors, which follow the sums as in a GPU's epilogue."""
-    with _without_autocast(right.device.type):
+    with without_autocast(right.device.type):
         result = left.values @ right
     factors = [f for f in (left.factor, right_factor) if f is not None]
     if factors:
         result.mul_(factors[0] if len(factors) == 1 else factors[0] * factors[1])
     return result
-
-
-@contextlib.contextmanager
-def _without_autocast(device: str) -> Iterator[None]:
-    """Inside a caller's autocast the float32 product would become a half one."""
-    if not torch.is_autocast_enabled(device):
-        yield
-        return
-    torch.set_autocast_enabled(device, False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled(device, True)

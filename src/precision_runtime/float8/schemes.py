@@ -35,6 +35,7 @@ from precision_runtime.float8.recipes import (
 )
 from precision_runtime.float8.shares import count, watched
 from precision_runtime.formats import FORMATS, Format
+from precision_runtime.operands import heard, tell
 
 if TYPE_CHECKING:
     from precision_runtime.float8.layers import Float8Linear
@@ -61,9 +62,13 @@ class Scheme(ABC):
     ) -> tuple[Pair | None, Pair | None]:
         """(g, w^T) for the input's gradient and (g^T, x^T) for the weight's, each where it is needed."""
 
-    def _counted(self, layer: Float8Linear, name: str, operand: Operand, form: Format) -> Operand:
+    def _counted(
+        self, layer: Float8Linear, name: str, operand: Operand, form: Format, before: torch.Tensor | None
+    ) -> Operand:
         if watched():
             count(layer, name, operand.scaled, operand.values, form)
+        if before is not None and heard():
+            tell(layer, name, before, operand.tensor, operand.scaled.abs() > form.max)
         return operand
 
 
@@ -78,7 +83,7 @@ class CurrentScheme(Scheme):
         """See ``Scheme.forward``. The numbers are saved in bfloat16, which holds FP8 exactly in half the space."""
         scales = self.forward_scales(layer, x, weight)
         operands = [
-            self._counted(layer, name, by_tensor(tensor, self.forward_format, scale), self.forward_format)
+            self._counted(layer, name, by_tensor(tensor, self.forward_format, scale), self.forward_format, tensor)
             for name, tensor, scale in zip(("input", "weight"), (x, weight), scales, strict=True)
         ]
         saved = [t for o in operands for t in (o.values.bfloat16(), o.factor) if t is not None]
@@ -90,7 +95,8 @@ class CurrentScheme(Scheme):
         """See ``Scheme.backward``."""
         x, x_factor, weight, weight_factor = saved
         scale = self.backward_scale(layer, gradient)
-        g = self._counted(layer, "gradient", by_tensor(gradient, self.backward_format, scale), self.backward_format)
+        form = self.backward_format
+        g = self._counted(layer, "gradient", by_tensor(gradient, form, scale), form, gradient)
         return (
             (g, _stored(weight, weight_factor)) if needs_x else None,
             (_transposed(g), _stored(x, x_factor)) if needs_weight else None,
@@ -142,8 +148,8 @@ class BlockScheme(Scheme):
         """See ``Scheme.forward``."""
         form = self.forward_format
         operands = (
-            self._counted(layer, "input", self.quantized(x, "x", form, 1), form),
-            self._counted(layer, "weight", self.quantized(weight, "w", form, 1), form),
+            self._counted(layer, "input", self.quantized(x, "x", form, 1), form, x),
+            self._counted(layer, "weight", self.quantized(weight, "w", form, 1), form, weight),
         )
         return operands, (x, weight)
 
@@ -156,11 +162,12 @@ class BlockScheme(Scheme):
         first = second = None
         if needs_x:
             first = self.quantized(gradient, "grad", backward, 1), self.quantized(weight, "w", forward, 0)
-            self._counted(layer, "gradient", first[0], backward)
+            self._counted(layer, "gradient", first[0], backward, gradient)
         if needs_weight:
-            g = self.quantized(self.turned(gradient), "grad", backward, 0)
-            if first is None:
-                self._counted(layer, "gradient", g, backward)
+            turned = self.turned(gradient)
+            g = self.quantized(turned, "grad", backward, 0)
+            if first is None:  # nobody could place what a rotated tensor lost
+                self._counted(layer, "gradient", g, backward, gradient if turned is gradient else None)
             second = _transposed(g), self.quantized(self.turned(x), "x", forward, 0)
         return first, second
 
