@@ -68,11 +68,31 @@ class Remark:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """What storing or computing in 8 or 4 bits does to one layer; none of it is a defect of the code.
+
+    ``bits`` are bits per weight as stored, ``loss`` is the relative error of the stored weights against those from
+    before (L2). ``underflow`` and ``saturation`` are the shares, 0 to 1, of the elements of "input", "weight" and
+    "gradient" that became zero, and that were clamped.
+    """
+
+    module: str
+    storage: str
+    bits: float | None = None
+    loss: float | None = None
+    underflow: dict[str, float] = field(default_factory=dict)
+    saturation: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Report:
     """The verdict on one function in one mode. ``ok`` is True when there are no findings.
 
     ``excess`` is the worst observed error over the error that rounding the operands must cost, over the whole
     function and every module call, forward and backward; ``whole`` the same for the whole function alone.
+    ``figures`` are whatever else was measured, by name: "loss_scale"; in quantised modes "bits_per_parameter" and
+    "quantization_loss", the relative error (L2) that the stored weights alone make in the outputs, which is no part of
+    ``excess``. ``layers`` says the same, and FP8's shares of underflow and saturation, layer by layer.
     """
 
     subject: str
@@ -87,6 +107,7 @@ class Report:
     calls: int = 0  # module calls judged
     seed: int = 0
     figures: dict[str, float] = field(default_factory=dict)
+    layers: tuple[Layer, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -109,6 +130,7 @@ class Report:
         values = {k: v for k, v in data.items() if k in known}
         values["findings"] = tuple(_finding(f) for f in data.get("findings", ()))
         values["remarks"] = tuple(Remark(**r) for r in data.get("remarks", ()))
+        values["layers"] = tuple(Layer(**r) for r in data.get("layers", ()))
         return cls(**values)
 
     def __str__(self) -> str:
@@ -122,8 +144,32 @@ class Report:
             ]
         for number, finding in enumerate(self.findings):
             lines += _describe(finding, first=number == 0)
+        lines += _storage(self)
         lines += [f"  remark: {f'{r.module}: ' if r.module else ''}{r.message}" for r in self.remarks]
         return "\n".join(lines)
+
+
+def _storage(report: Report) -> list[str]:
+    """What the stored and rounded layers cost, in a line each."""
+    lines = []
+    losses = [layer for layer in report.layers if layer.loss is not None]
+    if losses:
+        worst = max(losses, key=lambda layer: layer.loss or 0.0)
+        bits_ = report.figures.get("bits_per_parameter")
+        output = report.figures.get("quantization_loss")
+        lines.append(
+            f"  stored in {worst.storage}"
+            + (f", {bits_:.3f} bits per parameter" if bits_ is not None else "")
+            + (f": that alone moves the output by {output:.2%}" if output is not None else "")
+            + f"; the weights by up to {worst.loss:.2%} ({worst.module or 'the layer itself'})"
+        )
+    for kind in ("underflow", "saturation"):
+        shares = [(share, layer, t) for layer in report.layers for t, share in getattr(layer, kind).items()]
+        if shares:
+            share, layer, tensor = max(shares, key=lambda s: s[0])
+            where = f" (most: {tensor} of {layer.module or 'the layer itself'})" if share else ""
+            lines.append(f"  {kind} in {layer.storage}: at most {share:.2%} of a tensor{where}")
+    return lines
 
 
 def lost_bits(excess: float) -> float:

@@ -84,6 +84,11 @@ _OPERANDS: Mapping[Any, tuple[int, ...]] = MappingProxyType(
 )
 
 
+def rounded_operands(packet: Any) -> tuple[int, ...]:
+    """Which arguments of an op TF32 rounds; none for most ops."""
+    return (0, 1, 2) if packet is aten.convolution_backward else _OPERANDS.get(packet, ())
+
+
 def _rounded(args: Sequence[Any], places: tuple[int, ...]) -> list[Any]:
     return [round_to_tf32(a) if i in places else a for i, a in enumerate(args)]
 

@@ -426,7 +426,7 @@ def test_a_module_trained_between_setup_and_check_is_judged_with_its_present_wei
 def test_a_module_trained_through_the_plugins_context_is_judged_with_its_present_weights(mode: str) -> None:
     context = PrecisionContext(mode, "cpu")
     net = Block()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05, eps=1e-4)
     context.setup(net, optimizer)
     x = context.randn(32, 16)
     for _ in range(3):

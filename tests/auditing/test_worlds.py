@@ -234,4 +234,5 @@ def test_the_oldest_reference_goes() -> None:
         audit(module, x, mode="bf16-true", references=shared)
         counts.append(len(runs))
     assert counts[1] < counts[0]
-    assert counts[2] == counts[3] == counts[0]
+    assert counts[2] > counts[1]
+    assert counts[3] == counts[0]

@@ -24,6 +24,11 @@ def match(low: Sequence[Call], true: Sequence[Call]) -> dict[int, Call]:
     return twins
 
 
+def moved_weights(calls: Sequence[Call]) -> dict[int, torch.Tensor]:
+    """How far layers' own rounding moved their weights, by id of the parameter."""
+    return {id(c.module.weight): c.moved["weight"] for c in calls if "weight" in c.moved}
+
+
 def is_wrapper(call: Call) -> bool:
     """Whether the call only hands its inputs to one child and that child's outputs back."""
     if len(call.children) != 1:

@@ -20,6 +20,7 @@ from precision_runtime.auditing.masking import MASKED, Masking
 from precision_runtime.auditing.noise import Noise, is_count
 from precision_runtime.auditing.randomness import Draw, draw_of
 from precision_runtime.formats import FORMATS
+from precision_runtime.tf32 import rounded_operands
 
 aten = torch.ops.aten
 
@@ -91,12 +92,17 @@ class TrueDouble(TorchDispatchMode):
 
     With ``noise`` some ops are disturbed besides what a ``Recorder`` disturbs: operands of ``_CANCELLING`` ops, and
     operands of decisions and results of norms that had been rounded to the mode's dtype when the low-precision run came
-    to the same place. ``marks`` says so: an iterator for each open module call, innermost last.
+    to the same place. ``marks`` says so: an iterator for each open module call, innermost last. ``products`` is the
+    unit roundoff of the operands of matrix products and convolutions where a mode rounds those more coarsely.
     """
 
-    def __init__(self, noise: Noise | None = None, marks: Sequence[bool] = (), masking: Masking | None = None) -> None:
+    def __init__(
+        self, noise: Noise | None = None, marks: Sequence[bool] = (), masking: Masking | None = None,
+        products: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self._masking = masking or Masking(FORMATS["float64"])
+        self._products = products
         self.fallbacks: set[str] = set()
         self.marks: list[Iterator[bool]] = [iter(marks)]
         self._noise = noise
@@ -135,6 +141,9 @@ class TrueDouble(TorchDispatchMode):
         name = func._schema.name
         noise = self._noise
         assert noise is not None
+        if self._products:
+            places = rounded_operands(func.overloadpacket)
+            args = [noise.by(self._products, a) if i in places else a for i, a in enumerate(args)]
         if name in _CANCELLING:
             return tuple(_each(noise, a) for a in args)
         if is_decision(func, args) and next(self.marks[-1], False):

@@ -185,8 +185,12 @@ class Judge:
             if flips and call is not None:
                 self._flipped.add(id(call))
             # Where a decision fell the other way the error says how far the alternatives lie apart, not how steep.
+            # So does a product whose operands are rounded to 8 bits: to u it is steep, whatever the function.
+            coarse = self.yardstick.products or any(
+                c.moved for c in (self.low.calls if call is None else call.subtree())
+            )
             flips = flips or any(id(c) in self._flipped for c in (self.low.calls if call is None else call.subtree()))
-            if where == "forward" and sample is not None and not verdict.failed and not flips:
+            if where == "forward" and sample is not None and not verdict.failed and not flips and not coarse:
                 verdict.amplification = self._amplification(judged, sheet, sample)
             self.verdicts.append(verdict)
             if verdict.failed or (self.yardstick.mixed and verdict.amplification > 0.0):

@@ -48,32 +48,46 @@ class Noise:
     """Multiplies by (1 + u xi), xi uniform in [-1, 1], from a place of its own in the table (seed and sample).
 
     Where values are small, rounding costs half a ``step`` of the format's subnormal numbers instead: ``rounded`` adds
-    step xi / 2. Exact zeros stay. Steps that float32 cannot even resolve are left out.
+    step xi / 2. Exact zeros stay. Steps that float32 cannot even resolve are left out. ``width`` multiplies all of it.
     """
 
-    def __init__(self, u: float, seed: int, sample: int, step: float = 0.0) -> None:
-        self.u, self.step = u, step if step > FORMATS["float32"].smallest_normal else 0.0
+    def __init__(self, u: float, seed: int, sample: int, step: float = 0.0, width: float = 1.0) -> None:
+        self.width = width
+        self.u, self.step = width * u, width * step if step > FORMATS["float32"].smallest_normal else 0.0
         self._seed = (seed * 1_000_003 + sample * 7919 + 12345) % 2**63
         self._generator = torch.Generator().manual_seed(self._seed)
 
     def fixed(self, key: str) -> Noise:
         """Noise that starts anew from ``key`` each time: the same key and shapes give the same disturbance."""
-        twin = Noise(self.u, 0, 0, self.step)
+        twin = Noise(self.u / self.width, 0, 0, self.step / self.width, self.width)
         twin._generator.manual_seed(self._seed ^ zlib.crc32(key.encode()))
         return twin
 
     def __call__(self, t: torch.Tensor) -> torch.Tensor:
         """Disturb a floating or complex tensor relative to its values; anything else is returned as it is."""
-        return self._disturbed(t, 0.0)
+        return self._disturbed(t, self.u, 0.0)
+
+    def by(self, u: float, t: torch.Tensor) -> torch.Tensor:
+        """The same with another unit roundoff."""
+        return self._disturbed(t, self.width * u, 0.0)
 
     def rounded(self, t: torch.Tensor) -> torch.Tensor:
         """Disturb an operand of a forward pass as rounding it to the format would, small values included.
 
         Gradients are not disturbed so: a loss scale would have kept them, and its absence is to be found.
         """
-        return self._disturbed(t, self.step)
+        return self._disturbed(t, self.u, self.step)
 
-    def _disturbed(self, t: torch.Tensor, step: float) -> torch.Tensor:
+    def within(self, t: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+        """Move each element as far as ``moved`` says (same number of elements), in either direction by chance."""
+        if moved.numel() != t.numel():
+            return self(t)
+        with torch._C._DisableTorchDispatch():
+            start = int(torch.randint(_PERIOD, (), generator=self._generator))
+            signs = _uniform(start, t.numel()).view(t.shape).sign()
+            return t + (moved.view(t.shape) * signs.to(moved.device)).to(t.dtype) * self.width
+
+    def _disturbed(self, t: torch.Tensor, u: float, step: float) -> torch.Tensor:
         if not (t.is_floating_point() or t.is_complex()) or t.numel() == 0 or t.layout is not torch.strided:
             return t
         if t.is_nested:
@@ -81,8 +95,8 @@ class Noise:
         with torch._C._DisableTorchDispatch():  # the audit's own draws are none of the judged code's
             start = int(torch.randint(_PERIOD, (), generator=self._generator))
             xi = _uniform(start, t.numel()).view(t.shape).to(t.device, t.dtype)
-            disturbed = torch.addcmul(t, t, xi, value=self.u)
-            if step and not t.is_complex() and self.u * float(t.detach().abs().max()) < _FINE * step:
+            disturbed = torch.addcmul(t, t, xi, value=u)
+            if step and not t.is_complex() and u * float(t.detach().abs().max()) < _FINE * step:
                 disturbed = torch.addcmul(disturbed, xi, (t != 0).to(t.dtype), value=step / 2.0)
         return disturbed
 
@@ -90,9 +104,12 @@ class Noise:
         """Disturb inputs: all but those that the mode does not round (``exact``) and counts (``EXACT_INTEGERS``)."""
         return map_tensors(lambda t: t if is_count(t) or exact.holds(t) else self.rounded(t), value)
 
-    def parameters(self, true: Mapping[int, torch.Tensor], used: set[int]) -> dict[int, torch.Tensor]:
-        """Disturbed copies of the parameters in ``used`` (by id)."""
-        return {key: self.rounded(value) for key, value in true.items() if key in used}
+    def parameters(
+        self, true: Mapping[int, torch.Tensor], used: set[int], moved: Mapping[int, torch.Tensor]
+    ) -> dict[int, torch.Tensor]:
+        """Disturbed copies of the parameters in ``used`` (by id); those in ``moved`` also as far as their layer did."""
+        out = {key: self.rounded(value) for key, value in true.items() if key in used}
+        return out | {key: self.within(out[key], far) for key, far in moved.items() if key in out}
 
     def buffers(self, true: Mapping[tuple[int, str], torch.Tensor]) -> dict[tuple[int, str], torch.Tensor]:
         """Disturbed copies of the buffers: for full modes only, where a table in the mode's own dtype is an operand.

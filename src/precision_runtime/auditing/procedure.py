@@ -30,6 +30,7 @@ from precision_runtime.auditing.references import Reference, References, Sample
 from precision_runtime.auditing.replays import Yardstick
 from precision_runtime.auditing.runs import Run, execute, loss_gradient
 from precision_runtime.auditing.sheet import Sheet, input_name, sample_of
+from precision_runtime.auditing.storage import output_loss, rounded_layers, stored_layers, watching
 from precision_runtime.auditing.worlds import Worlds, clone, widen_tree
 from precision_runtime.automatic import placed
 from precision_runtime.capability import support
@@ -132,6 +133,8 @@ class _Trial:
             low = self._low(worlds)
         except Exception as error:
             return self._does_not_run(worlds, error)
+        with worlds.low():
+            stored, figures = stored_layers(worlds)
         self._alike, self._calls, self._scale = low.recomputed, low.calls, low.scale
         self._exact = Exact(widen_tree((self.args, self.kwargs)), getattr(torch, self.mode.compute))
         try:
@@ -182,8 +185,21 @@ class _Trial:
             remarks=tuple(self.remarks),
             calls=len(low.calls),
             seed=self.seed,
-            figures={"loss_scale": low.scale} if self.mode.scaled and low.differentiable else {},
+            figures=figures | self._figures(worlds, low, reference),
+            layers=tuple(stored + rounded_layers(worlds.names, self.mode, self._shares)),
         )
+
+    def _figures(self, worlds: Worlds, low: Run, reference: Reference) -> dict[str, float]:
+        figures = {"loss_scale": low.scale} if self.mode.scaled and low.differentiable else {}
+        if worlds.unquantized:
+            with worlds.true(worlds.unquantized), plain_double(), TrueDouble(masking=self._masking):
+                reseed(self.seed)
+                args, kwargs = widen_tree((self.args, self.kwargs))
+                plain = execute(self.function, args, kwargs, Recorder({}, worlds))
+            loss = output_loss(reference.run, plain)
+            if loss is not None:
+                figures["quantization_loss"] = loss
+        return figures
 
     def _convert(self, root: nn.Module) -> None:
         if any(forwarding.is_set_up(m) for m in root.modules()):
@@ -208,7 +224,8 @@ class _Trial:
     def _low_once(self, worlds: Worlds) -> Run:
         self._watch = LowWatch(getattr(torch, self.mode.compute), self._masking)
         # An autocast around the audit is none of the mode's.
-        with worlds.low(), torch.autocast(self.strategy.device.type, enabled=False), self._watch:
+        plain = torch.autocast(self.strategy.device.type, enabled=False)
+        with worlds.low(), plain, watching(self.mode) as self._shares, self._watch:
             reseed(self.seed)
             args, kwargs = cast_tree(clone((self.args, self.kwargs)), TO[getattr(torch, self.mode.params)])
             recorder = Recorder(worlds.names, worlds, inputs=True, gradients=self.gradients, frames=self._watch.frames)

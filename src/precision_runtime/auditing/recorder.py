@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from precision_runtime import operands
 from precision_runtime.auditing.dispatch import Trace
 from precision_runtime.auditing.noise import Noise
 from precision_runtime.auditing.randomness import RandomState
@@ -34,6 +35,7 @@ class Call:
     output_grads: dict[str, torch.Tensor] = field(default_factory=dict)
     children: list[Call] = field(default_factory=list)
     trace: Trace = field(default_factory=Trace)  # what its ops did
+    moved: dict[str, torch.Tensor] = field(default_factory=dict)  # how far the layer's own rounding moved its operands
     anchors: list[torch.Tensor] | None = None  # the inputs, where none of them is floating
     end: int = -1  # order in which calls ended; -1 while open, or when the call raised
 
@@ -57,14 +59,17 @@ class Recorder:
     gradient is none that comes in through an output, so such calls are not judged backward.
     ``marks`` is the stack of a ``TrueDouble``, filled from the decisions of ``twins``, the low-precision run's calls.
     ``frames`` is the stack of a ``LowWatch``, which notes there what the ops of the open call do.
+    Layers that round the operands of their products to a grid of their own (``operands``) are listened to with
+    ``inputs``; with ``perturb`` the operands are moved as far in either direction, as the ``twins`` say.
     """
 
     def __init__(
         self, modules: Mapping[str, nn.Module], worlds: Worlds, *, inputs: bool = False, outputs: bool = True,
         gradients: bool = False, perturb: Noise | None = None, skip: nn.Module | None = None,
         frames: list[Trace] | None = None, alike: frozenset[str] = frozenset(),
-        marks: list[Iterator[bool]] | None = None, twins: Sequence[Call] = (),
+        marks: list[Iterator[bool]] | None = None, twins: Sequence[Call] = (), scale: float = 1.0,
     ) -> None:  # fmt: skip
+        self.scale = scale  # of the loss in the run of the twins
         self.modules, self.worlds = modules, worlds
         self.alike = alike
         self._marks = marks
@@ -81,6 +86,7 @@ class Recorder:
         self._open: list[Call] = []
         self._counts: dict[int, int] = {}
         self._ends = 0
+        self._listening: Any = None
         self._versions: list[tuple[Call, list[int]]] = []
         self._handles: list[Any] = []
         self._names = {id(m): n for n, m in modules.items()}
@@ -90,11 +96,38 @@ class Recorder:
         for module in self.modules.values():
             self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
+        if self.inputs:
+            self._listening = operands.listening(self)
+            self._listening.__enter__()
         return self
+
+    def rounded(
+        self, layer: nn.Module, role: str, before: torch.Tensor, after: torch.Tensor, clamped: torch.Tensor | None
+    ) -> None:
+        """Note how far a layer's own rounding moved an operand; what it clamped is no rounding and excused by none."""
+        calls = [c for c in self.calls if c.module is layer]
+        if not calls or (role != "gradient" and not self.active):  # a recomputed segment rounds as it did before
+            return
+        if role == "gradient":  # backward goes through the calls in reverse; it may be run again with another scale
+            waiting = [c for c in calls if role not in c.moved]
+            if not waiting:
+                for call in calls:
+                    del call.moved[role]
+                waiting = calls
+            call = waiting[-1]
+        else:
+            call = calls[-1]
+        with torch._C._DisableTorchDispatch():
+            moved = (after.detach().double() - before.detach().double()).abs_()
+            if clamped is not None:
+                moved.masked_fill_(clamped, 0.0)
+            call.moved[role] = moved
 
     def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
+        if self._listening is not None:
+            self._listening.__exit__(None, None, None)
         self._drop_overwritten()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -118,9 +151,9 @@ class Recorder:
         self._open.append(call)
         if self.frames is not None:
             self.frames.append(call.trace)
+        twin = self._twin(call)
         if self._marks is not None:
-            twins = self._twins.get(call.name, ())
-            self._marks.append(iter(twins[index].trace.decisions if index < len(twins) else ()))
+            self._marks.append(iter(twin.trace.decisions if twin is not None else ()))
         given = [t for _, t in leaves((args, kwargs))]
         if not any(t.is_floating_point() or t.is_complex() for t in given):
             call.anchors = [t.detach().clone() for t in given]
@@ -132,7 +165,19 @@ class Recorder:
             if index > 0 and self._inherits((args, kwargs)):
                 self.leaky.add(call.name)
             return self._with_own_views((args, kwargs), call.input_grads)
+        if self.perturb is not None and twin is not None and "input" in twin.moved:
+            return self._moved_input((args, kwargs), self.perturb, twin.moved["input"])
         return None
+
+    def _twin(self, call: Call) -> Call | None:
+        twins = self._twins.get(call.name, ())
+        return twins[call.index] if call.index < len(twins) else None
+
+    @staticmethod
+    def _moved_input(given: Any, noise: Noise, moved: torch.Tensor) -> Any:
+        """The call's arguments with the first floating one moved as the layer's own rounding would."""
+        first = next((t for _, t in leaves(given, objects=False) if t.is_floating_point()), None)
+        return map_tensors(lambda t: noise.within(t, moved) if t is first else t, given, objects=False)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not self.active:
@@ -163,7 +208,19 @@ class Recorder:
         if self.gradients and torch.is_grad_enabled():
             output = self._with_own_views(output, call.output_grads)
             changed = True
+        if self.perturb is not None:
+            self._move_gradient(call, output)
         return output if changed else None
+
+    def _move_gradient(self, call: Call, output: Any) -> None:
+        """Let the gradient that comes in be moved as the layer's own rounding would."""
+        twin, noise = self._twin(call), self.perturb
+        if twin is None or noise is None or "gradient" not in twin.moved:
+            return
+        moved = twin.moved["gradient"] / self.scale
+        for _, t in leaves(output, objects=False):
+            if t.requires_grad and t.numel() == moved.numel():
+                t.register_hook(lambda grad: noise.within(grad, moved))
 
     def _results(self, call: Call, output: Any) -> list[tuple[str, torch.Tensor]]:
         found = [(path, t.detach()) for path, t in leaves(output)]

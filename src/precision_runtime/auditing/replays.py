@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from precision_runtime import forwarding
+from precision_runtime.auditing.calls import moved_weights
 from precision_runtime.auditing.dispatch import TrueDouble, plain_double
 from precision_runtime.auditing.failing import first_line
 from precision_runtime.auditing.masking import Masking
@@ -36,6 +37,11 @@ class Yardstick:
     alike: frozenset[str]  # modules that run again during backward
     tables: bool  # whether buffers, too, are operands that the mode rounds
     masking: Masking
+    products: float = 0.0  # unit roundoff of the operands of matrix products, where it is a coarser one
+
+    def noise(self, u: float, number: int, width: float) -> Noise:
+        """The disturbance of the ``number``-th perturbed run of something that costs ``u``."""
+        return Noise(u, self.seed, number, self.step, width)
 
 
 class Replays:
@@ -87,16 +93,15 @@ class Replays:
 
     def sample(self, call: Call, number: int, width: float) -> Sample:
         """The call's ``number``-th perturbed run, disturbed by ``width`` times the mode's unit roundoff."""
-        u = width * self.yardstick.own_u(call, "forward")
-        noise = Noise(u, self.yardstick.seed, number, width * self.yardstick.step)
+        noise = self.yardstick.noise(self.yardstick.own_u(call, "forward"), number, width)
         used = {id(p) for p in call.module.parameters()}
-        disturbed = noise.parameters(self.worlds.true_parameters, used)
+        disturbed = noise.parameters(self.worlds.true_parameters, used, moved_weights(call.subtree()))
         tables = {k: b for k, b in self.worlds.true_buffers.items() if k[0] in {id(m) for m in call.module.modules()}}
         buffers = noise.buffers(tables) if self.yardstick.tables else None
         with (
             self.worlds.true(parameters=disturbed, buffers=buffers, state=call.state),
             plain_double(),
-            TrueDouble(noise, masking=self.yardstick.masking) as mode,
+            TrueDouble(noise, masking=self.yardstick.masking, products=self.yardstick.products) as mode,
         ):
             assert call.rng is not None
             call.rng.restore()
@@ -104,7 +109,7 @@ class Replays:
             parts = self._parts(call)
             recorder = Recorder(
                 parts, self.worlds, outputs=False, perturb=noise, skip=call.module, alike=self.yardstick.alike,
-                marks=mode.marks, twins=call.subtree(),
+                marks=mode.marks, twins=call.subtree(), scale=self.low.scale,
             )  # fmt: skip
             with noisy_states(parts.values(), noise):
                 run = execute(

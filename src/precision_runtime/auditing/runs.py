@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +40,8 @@ def execute(
     cotangent: Cotangent | None = None,
     parameters: Iterable[nn.Parameter] = (),
     scales: Sequence[float] = (1.0,),
-    forward_context: Callable[[], Any] | None = None,
+    forward_context: Callable[[], Any] = contextlib.nullcontext,
+    backward_context: Callable[[], Any] = contextlib.nullcontext,
 ) -> Run:
     """Run ``function``; with ``cotangent``, differentiate its outputs with respect to floating inputs and parameters.
 
@@ -64,14 +66,12 @@ def execute(
         args, kwargs = map_tensors(leaf, (tuple(args), dict(kwargs)))
     try:
         with recorder:
-            if forward_context is None:
-                with torch.set_grad_enabled(grad):
-                    result = function(*args, **kwargs)
-            else:
-                with torch.set_grad_enabled(grad), forward_context():
-                    result = function(*args, **kwargs)
+            with torch.set_grad_enabled(grad), forward_context():
+                result = function(*args, **kwargs)
             recorder.active = False
-            return differentiate(Run([], recorder.calls), result, sources, recorder, cotangent, parameters, scales)
+            with backward_context():
+                run = Run([], recorder.calls)
+                return differentiate(run, result, sources, recorder, cotangent, parameters, scales)
     finally:
         recorder.active = False
 

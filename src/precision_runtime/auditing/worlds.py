@@ -17,6 +17,7 @@ from torch import nn
 
 from precision_runtime.auditing.dispatch import WIDE
 from precision_runtime.auditing.originals import Originals
+from precision_runtime.layers import QuantizedLayer
 from precision_runtime.tree import leaves, map_tensors
 
 # torch's own bookkeeping in a module's __dict__; hooks are ours and users', and survive.
@@ -67,6 +68,7 @@ class _Shelf:
     """What one module holds, shallowly; containers and tensors with a copy of their content."""
 
     module: nn.Module
+    kind: type[nn.Module]  # a mode may swap a layer by giving it another class
     parameters: dict[str, nn.Parameter | None]
     buffers: dict[str, torch.Tensor | None]
     modules: dict[str, nn.Module | None]
@@ -76,7 +78,8 @@ class _Shelf:
     @classmethod
     def of(cls, module: nn.Module) -> _Shelf:
         attributes = {k: v for k, v in vars(module).items() if k not in _INTERNAL}
-        shelf = cls(module, dict(module._parameters), dict(module._buffers), dict(module._modules), attributes)
+        held = (dict(module._parameters), dict(module._buffers), dict(module._modules))
+        shelf = cls(module, type(module), *held, attributes)
         for key, value in attributes.items():
             if isinstance(value, (torch.Tensor, list, dict, set, deque)):
                 shelf.contents[key] = _Content.of(value)
@@ -118,6 +121,9 @@ class Worlds:
         }  # fmt: skip
         self.true_parameters: dict[int, torch.Tensor] = {}
         self.true_buffers: dict[tuple[int, str], torch.Tensor] = {}
+        # Where a mode has quantised a weight, the truth is what its layer multiplies by: quantising costs what it
+        # costs. Here are the weights from before.
+        self.unquantized: dict[int, torch.Tensor] = {}
         self.low_parameters: dict[int, torch.Tensor] = {}
         self.low_buffers: dict[tuple[int, str], torch.Tensor] = {}
         shared: dict[int, torch.Tensor] = {}
@@ -141,7 +147,13 @@ class Worlds:
             for shelf in self._base for content in shelf.contents.values() for t, _, _ in content.values
             if t.layout is torch.strided
         }  # fmt: skip
-        for module in self._modules:
+        for module, shelf in zip(self._modules, self._shelves, strict=True):
+            if isinstance(module, QuantizedLayer):
+                old, new = shelf.parameters["weight"], module.weight
+                before = self.true_parameters.get(id(old))
+                if before is not None and before.is_floating_point():
+                    self.unquantized[id(new)] = before
+                self.true_parameters[id(new)] = module.dequantized().to(torch.float64)
             for p in module._parameters.values():
                 if p is not None:
                     self._parameters.setdefault(id(p), p)
@@ -149,6 +161,8 @@ class Worlds:
             for name, b in module._buffers.items():
                 if b is not None:
                     self.low_buffers[id(module), name] = b.detach().clone()
+        used = {id(p) for m in self._modules for p in m._parameters.values() if p is not None}
+        self.true_parameters = {k: t for k, t in self.true_parameters.items() if k in used}
 
     def is_state(self, t: torch.Tensor) -> bool:
         """Whether ``t`` shares memory with a tensor that is an attribute: those are put back after each run."""
@@ -184,6 +198,7 @@ class Worlds:
         """Put back every tensor, gradient and attribute as it was before the audit."""
         for shelf in self._shelves:
             module = shelf.module
+            module.__class__ = shelf.kind
             for now, before in (
                 (module._parameters, shelf.parameters),
                 (module._buffers, shelf.buffers),

@@ -18,7 +18,8 @@ from precision_runtime.layers.base import QuantizedLayer, like, rows_of
 from precision_runtime.layers.fourbit import _ELSEWHERE, _same_shape
 from precision_runtime.layers.library import bnb
 from precision_runtime.layers.packing import pack8, unpack8
-from precision_runtime.layers.products import DequantizedProduct, Int8Product
+from precision_runtime.layers.products import DequantizedProduct, Int8Product, rounded_rows
+from precision_runtime.operands import heard, tell
 
 # Columns of inputs that reach it are multiplied in the compute dtype (LLM.int8(), section 3.2). Without it the largest
 # value of a row decides how finely the others are rounded: ten times the error on activations with outliers.
@@ -170,6 +171,8 @@ def _product(
     if bias is not None:
         bias = bias.to(rows.dtype)
     if rows.numel() and _rounds_inputs(layer, rows.device):
+        if heard():
+            tell(layer, "input", rows, rounded_rows(rows, layer.state.threshold))
         product = Int8Product.apply(rows, weight, bias, codes, scales, layer.state.threshold)
     else:
         product = DequantizedProduct.apply(rows, weight, bias, partial(unpack8, codes, scales))

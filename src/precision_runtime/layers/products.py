@@ -49,17 +49,30 @@ class Int8Product(torch.autograd.Function):
     ) -> torch.Tensor:  # fmt: skip
         """See the class."""
         _keep(ctx, x, weight, bias, lambda dtype: unpack8(codes, scales, dtype))
-        # Always a copy, for bitsandbytes sets outliers to 0 in it for a moment. Its CUDA kernel takes float16 only.
-        rows = x.to(torch.float32 if x.device.type == "cpu" else torch.float16, copy=True)
-        ops = torch.ops.bitsandbytes
-        codes_x, scales_x, outliers = ops.int8_vectorwise_quant.default(rows, threshold)
-        product: torch.Tensor = ops.int8_mixed_scaled_mm.default(x, codes_x, codes, scales_x, scales, outliers, bias)[0]
+        codes_x, scales_x, outliers = _coded(x, threshold)
+        multiply = torch.ops.bitsandbytes.int8_mixed_scaled_mm.default
+        product: torch.Tensor = multiply(x, codes_x, codes, scales_x, scales, outliers, bias)[0]
         return product
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         """Gradients for ``x``, ``weight`` and ``bias``."""
         return *_gradients(ctx, gradients[0]), None, None, None
+
+
+def rounded_rows(x: torch.Tensor, threshold: float) -> torch.Tensor:
+    """The values that ``Int8Product`` multiplies in place of ``x``: its columns of outliers are not rounded."""
+    codes, scales, outliers = _coded(x.detach(), threshold)
+    rows = unpack8(codes, scales, torch.float32)
+    if outliers is not None and outliers.numel():
+        rows[:, outliers.long()] = x.detach()[:, outliers.long()].float()
+    return rows
+
+
+def _coded(x: torch.Tensor, threshold: float) -> Any:
+    # Always a copy, for bitsandbytes sets outliers to 0 in it for a moment. Its CUDA kernel takes float16 only.
+    rows = x.to(torch.float32 if x.device.type == "cpu" else torch.float16, copy=True)
+    return torch.ops.bitsandbytes.int8_vectorwise_quant.default(rows, threshold)
 
 
 def _keep(
