@@ -71,12 +71,18 @@ Check = Callable[[Machine, Mode, str], "tuple[Status, str] | None"]
 
 
 def _offered(here: Machine, mode: Mode, name: str) -> tuple[Status, str] | None:
-    reason = _REFUSED.get((name, mode.params))
+    reason = _REFUSED.get((name, mode.products or mode.params))
     return None if reason is None else ("unsupported", reason)
 
 
-# What a device's own package would run (XLA on a processor does), but no device of the kind does.
-_REFUSED = MappingProxyType({("xla", "float64"): "TPUs have no float64: run 64-true with accelerator='cpu'"})
+_REFUSED = MappingProxyType(
+    {
+        # XLA on a processor has it; no device of the kind does.
+        ("xla", "float64"): "TPUs have no float64: run 64-true with accelerator='cpu'",
+        ("xla", "tf32"): "XLA chooses the precision of its products by itself and cannot look at a float's bits, which "
+        "the emulation of TF32 takes: run tf32 with accelerator='cpu'",
+    }
+)
 
 
 def _arithmetic(here: Machine, mode: Mode, name: str) -> tuple[Status, str] | None:

@@ -27,6 +27,7 @@ from precision_runtime.ledger import Entry, Ledger
 from precision_runtime.lost import LostUpdates
 from precision_runtime.master import Masters, NoMasters
 from precision_runtime.modes import AUTO, Mode, parse_mode
+from precision_runtime.moving import move
 from precision_runtime.optimizers import warn_of_fatal
 from precision_runtime.options import Options, islands_of, mode_of, names_of, recipe_of, with_dtypes
 from precision_runtime.scaling import NullScaler, Scaler, scaler_from
@@ -140,12 +141,13 @@ class PrecisionRuntime:
         """
         _check_arguments(model, optimizers)
         forwarding.check(model, self.strategy)
+        if self.device.type == "xla":  # a move makes new parameters there, and what follows belongs to those
+            move(model, self.device, optimizers)
         held = list(model.parameters()) if optimizers else []
         keep(model, self.strategy)
         self.strategy.convert(model)
         swapped = {id(p) for p in held} - {id(p) for p in model.parameters()}
-        if any(t.device != self.device for t in (*model.parameters(), *model.buffers())):
-            model.to(self.device)
+        move(model, self.device, optimizers)
         self.masters.attach(model)
         for optimizer in optimizers:
             _forget(optimizer, swapped)
