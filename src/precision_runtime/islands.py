@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -94,8 +94,11 @@ def islands_in(root: nn.Module) -> list[Island]:
 
 def island_around(path: str, islands: Iterable[Island]) -> Island | None:
     """The innermost of ``islands`` that is, or has inside, the module, parameter or buffer at ``path``."""
-    around = [i for i in islands if i.path == path or (i.kind == "module" and path.startswith(f"{i.path}."))]
-    return max(around, key=lambda island: len(island.path), default=None)
+    return _innermost(path, {island.path: island for island in islands})
+
+
+def _innermost(path: str, islands: Mapping[str, Island]) -> Island | None:
+    return next((islands[p] for p in (path, *(path[:i] for i in reversed(_dots(path)))) if p in islands), None)
 
 
 def named_islands(root: nn.Module, pairs: Pairs) -> Iterator[Island]:
@@ -158,12 +161,12 @@ def _callable_parts(root: nn.Module, path: str, kind: Kind) -> Iterator[tuple[st
 
 def _outermost(found: list[Island]) -> list[Island]:
     """Without those that lie in an island at least as wide; an island inside a narrower one is kept."""
-    kept: list[Island] = []
+    kept: dict[str, Island] = {}
     for island in sorted(found, key=lambda i: (i.path.count("."), i.path, -_bits(i.dtype))):
-        around = island_around(island.path, kept)
+        around = _innermost(island.path, kept)
         if around is None or _bits(island.dtype) > _bits(around.dtype):
-            kept.append(island)
-    return kept
+            kept[island.path] = island
+    return list(kept.values())
 
 
 def _bits(dtype: str) -> int:
@@ -195,12 +198,13 @@ def _check_products(pairs: Pairs, strategy: Strategy) -> None:
 
 def _check_shared(root: nn.Module, islands: list[Island], strategy: Strategy) -> None:
     """Raise where a tensor is in an island and elsewhere, too, and the mode makes it narrow there."""
+    by_path = {island.path: island for island in islands}
     places: dict[int, dict[str, torch.dtype]] = {}
     for name, tensor in (
         *root.named_parameters(remove_duplicate=False),
         *root.named_buffers(remove_duplicate=False),
     ):
-        places.setdefault(id(tensor), {})[name] = _width(island_around(name, islands), strategy)
+        places.setdefault(id(tensor), {})[name] = _width(_innermost(name, by_path), strategy)
     for widths in places.values():
         if len(set(widths.values())) > 1:
             text = ", ".join(f"{name!r} in {str(width).removeprefix('torch.')}" for name, width in widths.items())
