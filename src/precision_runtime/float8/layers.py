@@ -49,6 +49,13 @@ class Float8Linear(nn.Linear):
         return result.view(*input.shape[:-1], -1)
 
     @property
+    def ledger_dtype(self) -> dict[str, str] | None:
+        """For a ledger, which sees float32 products: the formats that their operands were rounded to."""
+        if self.weight.dtype is torch.float64:
+            return None
+        return dict(zip(("forward", "backward"), self.recipe.formats, strict=True))
+
+    @property
     def scheme(self) -> Scheme:
         """How the recipe rounds."""
         return scheme_for(self.recipe)
