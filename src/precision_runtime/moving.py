@@ -31,5 +31,5 @@ def move(model: nn.Module, device: torch.device, optimizers: Iterable[Optimizer]
     for optimizer in optimizers if moved else ():
         for group in optimizer.param_groups:
             group["params"][:] = [moved.get(id(p), p) for p in group["params"]]
-        for before in [p for p in optimizer.state if id(p) in moved]:
-            optimizer.state[moved[id(before)]] = optimizer.state.pop(before)
+        for old in [p for p in optimizer.state if id(p) in moved]:
+            optimizer.state[moved[id(old)]] = optimizer.state.pop(old)
