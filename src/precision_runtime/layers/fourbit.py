@@ -2,7 +2,8 @@
 
 They are bitsandbytes' own layers, down to the parameter class and the keys of a state_dict, with another forward: on a
 CPU, bitsandbytes repacks weights for its fastest kernel at the first call without gradients, which rounds the scales to
-bfloat16 for good and takes no layer whose outputs are not a multiple of 32. Here the stored values never change.
+bfloat16 for good and takes no layer whose outputs are not a multiple of 32; and its dequantised values are wrong where
+inputs are no multiple of 64. Here the stored values never change, and products are those of the values.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn import functional
 from precision_runtime.errors import ConfigurationError
 from precision_runtime.layers.base import QuantizedLayer, like, rows_of
 from precision_runtime.layers.library import bnb
-from precision_runtime.layers.packing import pack4, scales4, unpack4
+from precision_runtime.layers.packing import pack4, scales4, unpack4, whole_blocks
 from precision_runtime.layers.products import DequantizedProduct
 
 
@@ -124,7 +125,7 @@ class Linear4(_Layer4, bnb.nn.Linear4bit):
         rows = rows_of(input, self.compute_dtype)
         if bias is not None:
             bias = bias.to(rows.dtype)
-        if self.in_features % 2:
+        if not whole_blocks(weight.quant_state.shape):
             dequantize = partial(unpack4, weight.data, weight.quant_state)
             return like(DequantizedProduct.apply(rows, None, bias, dequantize), input)
         return like(bnb.matmul_4bit(rows, weight.data, quant_state=weight.quant_state, bias=bias), input)

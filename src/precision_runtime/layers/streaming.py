@@ -11,6 +11,10 @@ are read, drawn again from the record. The model is that of ``setup(Net())``, bi
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
+import math
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -40,6 +44,7 @@ _RAW = frozenset({"__array__", "__deepcopy__", "__dlpack__", "__reduce_ex__", "_
                   "share_memory_", "storage", "tolist", "untyped_storage"})  # fmt: skip
 
 _SMALL = 1024  # elements of another tensor that the record copies; a larger one would cost what is to be saved
+_LARGE = 1 << 18  # elements of a new tensor before which memory is given back
 
 
 @dataclass(frozen=True)
@@ -121,18 +126,19 @@ class _Weight:
                 written.again(self.storage)
         self.state = "live"
 
-    def free(self, pack: Pack) -> None:
-        """Quantise, and give the memory back, unless the values could not be had again and may be needed."""
+    def free(self, pack: Pack) -> int:
+        """Quantise, give the memory back, and say how many bytes: none where values that are not finite must stay."""
         if self.state == "freed" or self.pinned:
-            return
+            return 0
         if self.state == "live" and self.packed is None:
             with torch.no_grad():
                 values = self.alias.on(self.storage)
                 if not all_finite(values):
-                    return
+                    return 0
                 self.packed = pack(values)
         self.storage.resize_(0)
         self.state = "freed"
+        return self.size
 
 
 def all_finite(values: torch.Tensor) -> bool:
@@ -177,6 +183,8 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, torch.Tensor)]
         found = {id(t): w for t in tensors if (w := self.of(t)) is not None}
+        if not found and _elements(func, args) >= _LARGE:
+            self._make_room([])  # before the next large tensor, so that it finds the place of the last
         if not found or func is torch.ops.aten.detach.default:
             return func(*args, **kwargs)
         touched = list({id(w): w for w in found.values()}.values())
@@ -208,9 +216,12 @@ class Watch(TorchDispatchMode):
             weight.pinned, weight.packed = True, None
 
     def _make_room(self, needed: list[_Weight]) -> None:
+        freed = 0
         for weight in self.weights.values():
             if weight.state != "freed" and all(weight is not other for other in needed):
-                weight.free(self.pack)
+                freed += weight.free(self.pack)
+        if freed >= _LARGE * 4:
+            _trim()
 
     def _fills(self, target: torch.Tensor, found: dict[int, _Weight], tensors: list[torch.Tensor]) -> bool:
         weight = found.get(id(target))
@@ -333,6 +344,12 @@ def _tensors(value: Any) -> Iterable[torch.Tensor]:
     return [v for v in tree_flatten(value)[0] if isinstance(v, torch.Tensor)]
 
 
+def _elements(func: Any, args: Any) -> int:
+    """How many elements a function that makes a tensor from nothing (empty, zeros, randn) makes; 0 for others."""
+    arguments = func._schema.arguments
+    return math.prod(args[0]) if args and arguments[0].name == "size" else 0
+
+
 def _is_view(func: Any) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
 
@@ -352,6 +369,18 @@ def _is_held(storage: torch.UntypedStorage) -> bool:
     probe = torch.empty(1).untyped_storage()
     count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
     return count is None or count(storage._cdata) > count(probe._cdata)
+
+
+def _trim() -> None:
+    """Have the C library give back what it keeps: with layers of some megabytes that is as much as several of them."""
+    trim = getattr(_process(), "malloc_trim", None)  # glibc only
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _process() -> Any:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def _raw() -> Any:
