@@ -130,9 +130,11 @@ class Bookkeeper(TorchDispatchMode):
         self._mark()
 
     def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
-        if self._open and self._open[-1][0] is module:
-            self._open.pop()
-            self._mark()
+        for place in range(len(self._open) - 1, -1, -1):
+            if self._open[place][0] is module:
+                del self._open[place:]  # above it are modules at most that were left without a word
+                self._mark()
+                return
 
     def _mark(self) -> None:
         number = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]

@@ -81,8 +81,9 @@ class Ledger:
     """Records what runs inside ``with``; afterwards it holds the figures.
 
     ``models``: the modules that work is put down to, set up by this package or by anybody else, or not at all.
-    ``lane`` says in texts how they run. ``tf32``: products of float32 are looked at for TF32. ``before``: entries shown
-    as long as nothing has been recorded here. ``done`` is called with the ledger after a block that did not raise.
+    ``lane`` says in texts how they run. ``tf32``: products of float32 are looked at for TF32. ``before`` and
+    ``unknown``: entries, and ops of unknown work, that are shown as long as nothing has been recorded here. ``done`` is
+    called with the ledger after a block that did not raise.
     """
 
     def __init__(
@@ -91,13 +92,14 @@ class Ledger:
         lane: str = "",
         tf32: bool = False,
         before: Iterable[Entry] | None = None,
+        unknown: Iterable[str] = (),
         done: Callable[[Ledger], None] | None = None,
     ) -> None:
         wrong = [type(m).__name__ for m in models if not isinstance(m, nn.Module)]
         if wrong:
             raise ConfigurationError(f"a ledger takes torch.nn.Modules, got {', '.join(wrong)}")
         self.lane = lane
-        self.unknown: tuple[str, ...] = ()
+        self.unknown: tuple[str, ...] = tuple(unknown)
         self._models, self._tf32, self._done = models, tf32, done
         self._entries: tuple[Entry, ...] | None = None if before is None else tuple(before)
         self._book: Bookkeeper | None = None

@@ -47,15 +47,15 @@ def islands_of(value: object) -> tuple[tuple[tuple[str, str], ...], bool]:
     among names. Raises ``ConfigurationError`` for anything else.
     """
     if not isinstance(value, Mapping):
-        given = value if isinstance(value, (str, Iterable)) else (value,)
+        given: Any = value if isinstance(value, (str, Iterable)) else (value,)
         names = names_of(given, "islands")
         return tuple((name, "float32") for name in names if name != "auto"), "auto" in names
     names = names_of(value, "islands")
     wrong = {name: value[name] for name in names if _island_dtype(value[name]) not in ISLAND_DTYPES.values()}
     if wrong:
-        given = ", ".join(f"{name!r}: {width!r}" for name, width in wrong.items())
+        shown = ", ".join(f"{name!r}: {width!r}" for name, width in wrong.items())
         raise ConfigurationError(
-            f"an island is kept in '32' or '64', as in islands={{'blocks.3.norm': '32'}}; got {{{given}}}"
+            f"an island is kept in '32' or '64', as in islands={{'blocks.3.norm': '32'}}; got {{{shown}}}"
         )
     return tuple((name, _island_dtype(value[name])) for name in names), False
 

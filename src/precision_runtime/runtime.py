@@ -116,7 +116,7 @@ class PrecisionRuntime:
         self._models: list[weakref.ref[nn.Module]] = []
         self.updates: Updates = updates_from(updates, self.mode)
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._recorded: tuple[Entry, ...] | None = None
+        self._recorded: tuple[tuple[Entry, ...] | None, tuple[str, ...]] = None, ()
         self._meter: LostUpdates | None = None
 
     def __repr__(self) -> str:
@@ -289,7 +289,8 @@ class PrecisionRuntime:
             *(models or self._alive()),
             lane=f"{self.mode} on {self.device}",
             tf32=self.mode.products == "tf32",
-            before=self._recorded,
+            before=self._recorded[0],
+            unknown=self._recorded[1],
             done=self._keep_ledger,
         )
 
@@ -302,7 +303,7 @@ class PrecisionRuntime:
         return self.ledger().verify(low_precision)
 
     def _keep_ledger(self, ledger: Ledger) -> None:
-        self._recorded = ledger.entries  # not the ledger, which keeps its models alive
+        self._recorded = ledger.entries, ledger.unknown  # not the ledger, which keeps its models alive
 
     def _alive(self) -> tuple[nn.Module, ...]:
         return tuple(m for m in (ref() for ref in self._models) if m is not None)
