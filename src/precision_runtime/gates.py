@@ -39,6 +39,9 @@ class Gate:
         self._stepped = False
         return True
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.scheduler,)  # a copy watches the optimizer of its own scheduler
+
     def remove(self) -> None:
         """Stop watching the optimizer."""
         self._handle.remove()

@@ -149,7 +149,7 @@ def probe(
         for group, values in zip(optimizer.param_groups, settings, strict=True):
             group.update(copy.deepcopy(values))
         widen_state(optimizer, ANY)
-        widened = Widened(optimizer, ANY)
+        widened = Widened(optimizer, ANY, remember=True)
         with widened:
             optimizer.step(**kwargs)
     finally:

@@ -80,9 +80,9 @@ class Nearest(Updates):
 class WideUpdates(Updates):
     """Steps on float32 copies made for the step, and stores what the subclass makes of the result.
 
-    The copies of weights and gradients take 8 bytes per parameter during a step; state is float32 throughout, also
-    when it is loaded after ``setup``. So the optimizer computes what it computes in mixed precision, any optimizer
-    does, and an ``eps`` that half precision cannot hold does no harm.
+    The copies of weights and gradients take 8 bytes per parameter during a step. State is float32 throughout, also
+    when it is loaded after ``setup``; loaded before into half parameters, torch has rounded it already. So any
+    optimizer computes what it computes in mixed precision, and an ``eps`` that half cannot hold does no harm.
     """
 
     wide = True
@@ -101,17 +101,17 @@ class WideUpdates(Updates):
     ) -> None:
         """See ``Updates.step``. A closure runs on half weights, as any forward; state stays behind if it raises."""
         self.adopt(optimizer)
-        widened = Widened(optimizer, HALF, self.start, without_gradient=bool(args))
+        widened = Widened(optimizer, HALF, self.start, bool(args), remember=record is not None)
         if args:
             args = (widened.narrowly(args[0]), *args[1:])
         with widened:
             optimizer.step(*args, **kwargs)
         self.begin()
         with torch.no_grad():
-            for parameter, before, after in zip(widened.parameters, widened.before, widened.after, strict=True):
+            for number, (parameter, after) in enumerate(zip(widened.parameters, widened.after, strict=True)):
                 stored = self.store(parameter, after)
                 if record is not None:
-                    record(parameter, before, after, stored)
+                    record(parameter, widened.before[number], after, stored)
 
     @abstractmethod
     def start(self, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

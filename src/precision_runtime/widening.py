@@ -25,8 +25,9 @@ class Widened:
     to which. They are the same objects throughout.
 
     ``start`` gives the wide value of a parameter; with ``without_gradient`` those that have none yet (a closure will
-    make it) are included. Afterwards ``stepped`` has, for each, the wide value before and
-    after; the parameter itself, its storage and its gradient are as they were, also where the step raised.
+    make it) are included. Afterwards ``after`` has the wide value of each, and with ``remember`` ``before`` the one
+    that it started from; the parameter itself, its storage and its gradient are as they were, also where the step
+    raised.
     """
 
     def __init__(
@@ -35,15 +36,16 @@ class Widened:
         wider: Mapping[torch.dtype, torch.dtype],
         start: Callable[[torch.Tensor, torch.dtype], torch.Tensor] = lambda p, dtype: p.detach().to(dtype),
         without_gradient: bool = False,
+        remember: bool = False,
     ) -> None:
         self.parameters: list[torch.Tensor] = []
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.dtype in wider and (without_gradient or parameter.grad is not None):
                     self.parameters.append(parameter)
-        self.before = [start(p, wider[p.dtype]) for p in self.parameters]
+        self._now = [start(p, wider[p.dtype]) for p in self.parameters]
+        self.before = [w.clone() for w in self._now] if remember else []
         self.after: list[torch.Tensor] = []
-        self._now = [w.clone() for w in self.before]
 
     def __enter__(self) -> Widened:
         self._stored = [p.data for p in self.parameters]

@@ -314,6 +314,18 @@ def test_chained_and_sequential_schedulers_pass_a_gate():
     assert not chained.step()
 
 
+@pytest.mark.filterwarnings("ignore:Seems like `optimizer.step..` has been overridden")  # torch's, of any copy
+def test_a_copy_of_a_gate_watches_the_copy_of_its_optimizer():
+    _, p, opt, gate = gated(lr_scheduler.ExponentialLR, gamma=0.5)
+    twin = copy.deepcopy(gate)
+    p.grad = torch.ones(1)
+    opt.step()
+    assert not twin.step()
+    twin.optimizer.step()
+    assert twin.step()
+    assert gate.step()
+
+
 def test_what_is_no_scheduler_is_refused():
     with pytest.raises(ConfigurationError, match=r"a gate goes before a scheduler.*got int"):
         PrecisionRuntime("32-true", "cpu").gate(3)
