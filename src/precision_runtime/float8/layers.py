@@ -178,13 +178,18 @@ def is_float8(layer: nn.Module) -> bool:
 def without_scales(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """A converted model's state for a plain model: ``plain.load_state_dict(without_scales(state))``.
 
-    Leaves the FP8 layers' scales away, which a plain ``nn.Linear`` refuses as an unexpected key; weights as they are.
+    Leaves the FP8 layers' scales away, ours and NVIDIA's, which a plain ``nn.Linear`` refuses as an unexpected key;
+    weights as they are.
     """
-    return {
-        name: value
-        for name, value in state_dict.items()
-        if not (name.rpartition(".")[2] == "_extra_state" and isinstance(value, Mapping) and "recipe" in value)
-    }
+    return {name: value for name, value in state_dict.items() if not _is_scales(name, value)}
+
+
+def _is_scales(name: str, value: object) -> bool:
+    if name.rpartition(".")[2] != "_extra_state":
+        return False
+    if isinstance(value, torch.Tensor):
+        return value.dtype is torch.uint8  # NVIDIA's: a pickle, or nothing
+    return isinstance(value, Mapping) and "recipe" in value
 
 
 def _real(device: torch.device) -> torch.device:
