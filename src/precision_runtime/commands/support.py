@@ -23,7 +23,7 @@ Every mode on every accelerator of this machine, found by trying it:
   emulated     it runs here with exact arithmetic, not with the hardware's speed
   unsupported  it does not run, with the reason and what to do
 
-In brackets, where it differs: what the documents of PyTorch Lightning promise for such an accelerator.
+In brackets, where it differs: what PyTorch Lightning's documents promise for such an accelerator.
 The exit status is 1 where a mode that was named does not run on an accelerator, and 2 for names that do not exist."""
 EXAMPLES = """\
   precision-runtime support                              this machine's table
@@ -83,7 +83,7 @@ def _print(entries: list[Entry], names: list[str]) -> None:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("mode", no_wrap=True)
     for name in names:
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, overflow="fold")
     cells = {(e.support.mode, e.support.accelerator): e for e in entries}
     for mode in dict.fromkeys(e.support.mode for e in entries):
         table.add_row(mode, *(_cell(cells[mode, name]) for name in names))
@@ -105,7 +105,7 @@ def _cell(entry: Entry) -> Text:
     said = " ".join(filter(None, (here.status, f"as {here.runs}" if here.runs else "")))
     text = Text(said, style=STYLES[here.status])
     if _surprising(entry):
-        text.append(f" (documents: {entry.promised})", style="default")
+        text.append(f" (docs: {entry.promised})", style="default")
     return text
 
 
