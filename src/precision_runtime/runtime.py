@@ -362,8 +362,13 @@ def _total_norm(parameters: list[torch.Tensor], norm_type: float) -> torch.Tenso
     if not gradients:
         return torch.zeros(())
     device = gradients[0].device
-    norms = [torch.linalg.vector_norm(g, norm_type, dtype=HALF_TO_SINGLE.get(g.dtype)).to(device) for g in gradients]
-    total: torch.Tensor = torch.linalg.vector_norm(torch.cat([n.reshape(1) for n in norms]), norm_type)
+    half = [g for g in gradients if g.dtype in HALF_TO_SINGLE]
+    rest = [g for g in gradients if g.dtype not in HALF_TO_SINGLE]
+    norms = [
+        *(torch._foreach_norm(half, norm_type, dtype=torch.float32) if half else ()),
+        *(torch._foreach_norm(rest, norm_type) if rest else ()),
+    ]
+    total: torch.Tensor = torch.linalg.vector_norm(torch.cat([n.to(device).reshape(1) for n in norms]), norm_type)
     return total
 
 
