@@ -29,8 +29,9 @@ class Event:
     outgoing: float = 0.0
     local: float = 0.0
     born: bool = False  # finite operands, a result that is not finite where the true one is
-    zeros: int = 0  # values below the dtype's normal range that became exactly zero
-    flushed: float = 0.0  # share that they have in the error, squared
+    small: int = 0  # wrong values below the dtype's normal range
+    zeros: int = 0  # those of them that became exactly zero
+    flushed: float = 0.0  # share that the small ones have in the error, squared
     lost: bool = False  # whole numbers beyond the dtype's exact ones have changed
     numel: int = 0
 
@@ -121,11 +122,12 @@ def _note(event: Event, finite: bool, low: torch.Tensor, exact: torch.Tensor, ri
     if low.is_complex():
         return
     event.born |= finite and bool((~torch.isfinite(low) & torch.isfinite(exact)).any())
-    gone = exact[(low == 0) & (exact != 0) & (exact.abs() < torch.finfo(low.dtype).tiny)]
-    if gone.numel():
-        event.zeros += gone.numel()
-        error = (low.to(exact.dtype) - exact).nan_to_num(0.0, 0.0, 0.0)
-        event.flushed = max(event.flushed, float(gone.square().sum()) / float(error.square().sum()))
+    error = (low.to(exact.dtype) - exact).nan_to_num(0.0, 0.0, 0.0).square()
+    small = (exact.abs() < torch.finfo(low.dtype).tiny) & (error > 0)
+    if bool(small.any()):
+        event.small += int(small.sum())
+        event.zeros += int((small & (low == 0)).sum())
+        event.flushed = max(event.flushed, float(error[small].sum()) / float(error.sum()))
     event.lost |= is_count(exact) and bool((exact != low.to(exact.dtype)).any())
 
 

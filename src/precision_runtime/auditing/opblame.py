@@ -83,7 +83,7 @@ def _search(stage: Stage, verdict: Verdict) -> Blame | None:
     if before <= scene.line:
         return Blame(None, proof="the call does not fail when it is run again by itself: no op can be singled out")
     following = Following()
-    scene.figure(following)
+    scene.run(following)
     search = _Search(scene, before, following.events, following.count)
     tried: list[_Candidate] = []
     for candidate in search.candidates():
@@ -117,21 +117,21 @@ class _Search:
         """Most likely first; each is computed only where those before it were not proven."""
         cause = self._cause()
         if cause is not None:
-            formula = None if cause.born else self._formula(cause)
+            formula = None if cause.born or self._is_cast(cause) else self._formula(cause)
             if formula is not None:
-                yield _Candidate((cause.step.site, formula.step.site), formula, self._breaks(formula))
+                yield _Candidate((cause.step.site, formula.step.site), formula, *self._did(formula))
             amplifier = self._amplifier(cause) if math.isfinite(self.before) else None
             yield _Candidate((cause.step.site,), cause, *self._lost(cause), whole=amplifier is not None)
             if amplifier is not None:
-                yield _Candidate(self._between(cause, amplifier), amplifier, self._breaks(amplifier))
+                yield _Candidate(self._between(cause, amplifier), amplifier, *self._did(amplifier))
                 yield _Candidate((cause.step.site,), cause, *self._lost(cause))
         backward = self.scene.verdict.where == "backward"
         born = next((e for e in self.events.values() if e.born and (e.step.backward or not backward)), None)
         if born is not None:
-            yield _Candidate((born.step.site,), born, self._breaks(born))
+            yield _Candidate((born.step.site,), born, *self._did(born))
         steep = next((e for e in self.events.values() if self._amplification(e) > self.scene.line), None)
         if steep is not None:
-            yield _Candidate((steep.step.site,), steep, self._breaks(steep))
+            yield _Candidate((steep.step.site,), steep, *self._did(steep))
 
     def proves(self, candidate: _Candidate) -> bool:
         """Whether what remains with it in FP64 is so little that it was guilty."""
@@ -239,13 +239,19 @@ class _Search:
         alike = (event.step.site, event.step.name, event.step.backward)
         times = sum((e.step.site, e.step.name, e.step.backward) == alike for e in self.events.values())
         if event.born:
-            return self._breaks(event), None
+            return self._did(event)
         if event.lost:
             return f"{op} changes whole numbers that are beyond the dtype's exact ones", "cast" if free else None
-        if event.step.site.op in _CASTS and free:
-            return f"{op} casts away what nothing after it can bring back", "cast"
-        if event.zeros and (event.flushed > 0.5 or not free):
-            return f"{op} makes {event.zeros} of {event.numel} values zero", "underflow" if free else None
+        if self._is_cast(event):
+            return f"{op} casts away what nothing after it can bring back", "cast" if free else None
+        if event.zeros and not free:
+            return f"{op} makes {event.zeros} of {event.numel} values zero", None
+        if event.flushed > 0.5:
+            which = f"{event.small} of {event.numel} values"
+            return (
+                f"{op} makes {which} so small that the dtype holds few of their digits, or none",
+                "underflow" if free else None,
+            )
         if self._is_off(event):
             times_u = f"{event.local / self._u:.0f} times one rounding"
             return f"{op} is {times_u} away from the right result for its operands", "kernel" if free else None
@@ -253,18 +259,26 @@ class _Search:
             return f"{op} runs {times} times and rounds each result", "kernel" if free else None
         return f"{op} rounds its result, and nothing after it can bring back what that loses", None
 
-    def _breaks(self, event: Event) -> str:
+    def _did(self, event: Event) -> tuple[str, Kind | None]:
+        """What an op that is no cause by itself did, and the kind."""
         op = f"`{public_name(event.step.site.op)}`"
         op = f"the derivative of {op}" if event.step.backward else op
         if event.born:
-            return f"inf or NaN is born in {op}, from finite operands"
-        return f"{op} amplifies: its result is off by {self._amplification(event):.0f} times what its operands were"
+            return f"inf or NaN is born in {op}, from finite operands", None
+        if 2.0 * event.local > event.outgoing:  # an error of its own, none that came in
+            return self._lost(event)
+        times = f"{self._amplification(event):.0f} times what its operands were"
+        return f"{op} amplifies: its result is off by {times}", None
 
     def _amplification(self, event: Event) -> float:
         return event.outgoing / max(event.incoming, self._u)
 
     def _is_off(self, event: Event) -> bool:
-        return event.local > self._limit * self._u and not event.zeros
+        return event.local > self._limit * self._u and event.flushed <= 0.5
+
+    @staticmethod
+    def _is_cast(event: Event) -> bool:
+        return event.lost or event.step.site.op in _CASTS
 
     @property
     def _limit(self) -> float:

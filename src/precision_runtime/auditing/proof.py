@@ -96,15 +96,19 @@ class Scene:
         return AMPLIFICATION * limit / 4.0 if self.steep else limit
 
     def figure(self, observer: Observer | None = None) -> float:
-        """How bad the call is: its score (its steepness, for a steep one) when ``observer`` looks on or interferes.
+        """How bad the call is: its score (its steepness, for a steep one) when ``observer`` interferes.
 
         Infinite where the run raises.
         """
         try:
-            run = self._whole(observer) if self.verdict.call is None else self._call(self.verdict.call, observer)
+            run = self.run(observer)
         except Exception:
             return math.inf
         return self._judged(run)
+
+    def run(self, observer: Observer | None = None) -> Run:
+        """Run the call again, with ``observer`` looking on or interfering; raises what the code raises."""
+        return self._whole(observer) if self.verdict.call is None else self._call(self.verdict.call, observer)
 
     # -- the runs ---------------------------------------------------------------------------------------------------
 

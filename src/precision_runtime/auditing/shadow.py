@@ -35,7 +35,7 @@ class Shadows:
             if retyped is None:
                 return None
             base = retyped
-        return base.as_strided(t.size(), t.stride(), t.storage_offset())
+        return _viewed(base, t)
 
     def put(self, t: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor | None:
         """Give ``t`` a shadow, with ``values`` or its own; return it, or None where it cannot have one."""
@@ -47,7 +47,7 @@ class Shadows:
             flat = torch.empty(0, dtype=t.dtype, device=t.device).set_(storage)
             base = flat.to(WIDE.get(t.dtype, t.dtype), copy=True)
             self._entries[storage._cdata] = (StorageWeakRef(storage), base, t.dtype)
-            mine = base.as_strided(t.size(), t.stride(), t.storage_offset())
+            mine = _viewed(base, t)
             self._puts += 1
             if self._puts % _PURGE == 0:
                 self._entries = {k: e for k, e in self._entries.items() if not e[0].expired()}
@@ -125,6 +125,12 @@ def is_plain(t: torch.Tensor) -> bool:
 def key_of(t: torch.Tensor) -> int | None:
     """What tells storages apart; None where there is none."""
     return int(t.untyped_storage()._cdata) if is_plain(t) else None
+
+
+def _viewed(base: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    view = base.as_strided(like.size(), like.stride(), like.storage_offset())
+    view = view.conj() if like.is_conj() else view
+    return torch._neg_view(view) if like.is_neg() else view
 
 
 def _retyped(base: torch.Tensor, before: torch.dtype, now: torch.dtype) -> torch.Tensor | None:
