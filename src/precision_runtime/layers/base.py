@@ -36,7 +36,7 @@ class QuantizedLayer(nn.Module):
     def dequantized(self, *, stored: bool = False) -> torch.Tensor:
         """The weight as float32, exactly the values that the product uses: rounded to ``compute_dtype`` where it is.
 
-        ``stored=True`` gives code times scale, unrounded. Quantising those again gives the same codes.
+        ``stored=True`` gives code times scale, unrounded. In nf4 and fp4, quantising those again gives them again.
         """
         raise NotImplementedError
 

@@ -150,9 +150,10 @@ def all_finite(values: torch.Tensor) -> bool:
 class Watch(TorchDispatchMode):
     """Sees every operation of its thread; keeps one of the weights that it was shown in memory, or those in use."""
 
-    def __init__(self, pack: Pack) -> None:
+    def __init__(self, pack: Pack, choosy: bool) -> None:
         super().__init__()
         self.pack = pack
+        self.choosy = choosy  # whether a layer may have to stay plain for its name, which nobody knows yet
         self.weights: dict[int, _Weight] = {}  # by storage
 
     def add(self, parameter: nn.Parameter, name: str) -> None:
@@ -219,7 +220,7 @@ class Watch(TorchDispatchMode):
         freed = 0
         for weight in self.weights.values():
             if weight.state != "freed" and all(weight is not other for other in needed):
-                freed += weight.free(self.pack)
+                freed += 0 if self.choosy and weight.record is None else weight.free(self.pack)
         if freed >= _LARGE * 4:
             _trim()
 
@@ -272,7 +273,8 @@ class StreamedBuilding(Building):
     strategy: QuantizedStrategy
 
     def __enter__(self) -> None:
-        self._watch = Watch(self.strategy.pack)
+        options = self.strategy.options
+        self._watch = Watch(self.strategy.pack, bool(options.ignore_modules or options.islands))
         self._modes = contextlib.ExitStack()
         self._modes.enter_context(_RawAccess(self._watch))  # first: modes are left in the reverse order
         super().__enter__()
@@ -285,7 +287,7 @@ class StreamedBuilding(Building):
             super().__exit__(kind, error, trace)  # watched: casts of weights that stay plain find their values
         finally:
             self._modes.close()
-            self._settle()
+            self._settle(failed=kind is not None)
 
     def _convert(self, roots: list[nn.Module]) -> None:
         self.strategy.convert_ready(roots, self._ready)
@@ -299,7 +301,7 @@ class StreamedBuilding(Building):
             weight.revive("its last form")
         return weight.packed
 
-    def _settle(self) -> None:
+    def _settle(self, failed: bool) -> None:
         """What is not quantised after all, or is held by somebody, gets its values back; by an exception, too."""
         for weight in self._watch.weights.values():
             if weight.state == "live" or not _is_held(weight.storage):
@@ -308,7 +310,8 @@ class StreamedBuilding(Building):
                 weight.revive("its owner")
             except ConfigurationError:
                 weight.alias.on(weight.storage).fill_(float("nan"))  # no values at all, and visibly so
-                raise
+                if not failed:  # then the block's own error is what is to be seen
+                    raise
 
     def _registered(self, module: nn.Module, name: str, value: Any) -> None:
         super()._registered(module, name, value)
