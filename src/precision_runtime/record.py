@@ -85,6 +85,31 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Repair:
+    """The smallest set of modules found whose FP32 makes the mode hold, as the runtime's ``islands`` and as code.
+
+    ``holds`` is False where no set does; ``note`` says why. Figures are lost bits of the whole report, before and with
+    the islands; ``audits`` is the number of proposals that were audited.
+    """
+
+    islands: dict[str, str]
+    holds: bool
+    before: float
+    after: float
+    audits: int
+    patch: str = ""
+    note: str = ""
+
+    def __str__(self) -> str:
+        tried = f"({self.audits} audit{'' if self.audits == 1 else 's'})"
+        if not self.holds:
+            return f"repair: none found {tried}: {self.note}"
+        fell = f"the loss falls from {bits(self.before)} to {bits(self.after)}"
+        head = f"repair: with islands={self.islands} the mode holds: {fell} {tried}; as code:"
+        return "\n".join([head, *(f"  {line}" for line in self.patch.splitlines())])
+
+
+@dataclass(frozen=True)
 class Report:
     """The verdict on one function in one mode. ``ok`` is True when there are no findings.
 
@@ -108,6 +133,7 @@ class Report:
     seed: int = 0
     figures: dict[str, float] = field(default_factory=dict)
     layers: tuple[Layer, ...] = ()
+    repair: Repair | None = None  # where one was asked for
 
     @property
     def ok(self) -> bool:
@@ -130,6 +156,7 @@ class Report:
         values = {k: v for k, v in data.items() if k in known}
         values["findings"] = tuple(_finding(f) for f in data.get("findings", ()))
         values["remarks"] = tuple(Remark(**r) for r in data.get("remarks", ()))
+        values["repair"] = Repair(**data["repair"]) if data.get("repair") else None
         values["layers"] = tuple(Layer(**r) for r in data.get("layers", ()))
         return cls(**values)
 
@@ -145,6 +172,8 @@ class Report:
         for number, finding in enumerate(self.findings):
             lines += _describe(finding, first=number == 0)
         lines += _storage(self)
+        if self.repair is not None:
+            lines += [f"  {line}" for line in str(self.repair).splitlines()]
         lines += [f"  remark: {f'{r.module}: ' if r.module else ''}{r.message}" for r in self.remarks]
         return "\n".join(lines)
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from precision_runtime.record import Finding, Remark, Report, Worst, bits, lost_bits
+from precision_runtime.record import Finding, Layer, Remark, Repair, Report, Worst, bits, lost_bits
 
 FINDING = Finding(
     kind="instability", where="forward", module="blocks.2.norm1", op="aten::sub", lost_bits=9.8, excess=891.4,
@@ -43,6 +43,8 @@ def test_every_field_survives() -> None:
     changes = {
         "subject": "x", "mode": "x", "accelerator": "x", "status": "x", "budget": 0.5, "excess": 0.5, "whole": 0.5,
         "findings": (), "remarks": (), "calls": 99, "seed": 99, "figures": {},
+        "layers": (Layer("linear", "nf4", 4.5, 0.09, {"input": 0.1}, {"weight": 0.2}),),
+        "repair": Repair({"norm": "32"}, True, 9.8, 0.1, 3, "y = self.norm(x.float())", "a note"),
     }  # fmt: skip
     assert set(changes) == set(REPORT.__dataclass_fields__)
     for name, value in changes.items():
@@ -112,3 +114,14 @@ def test_bits_as_a_person_reads_them(value: float, text: str) -> None:
 def test_records_need_no_torch() -> None:
     code = "import sys, precision_runtime.record; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_repair_reads_as_islands_and_as_code() -> None:
+    repair = Repair({"norm": "32"}, True, 9.8, 0.1, 3, "y = self.norm(x.float())")
+    assert str(replace(REPORT, repair=repair)).splitlines()[-4:-2] == [
+        "  repair: with islands={'norm': '32'} the mode holds: the loss falls from 9.8 bits to 0.1 bits (3 audits); as "
+        "code:",
+        "    y = self.norm(x.float())",
+    ]
+    nothing = Repair({}, False, 9.8, 9.8, 1, note="code outside of modules is to blame")
+    assert str(nothing) == "repair: none found (1 audit): code outside of modules is to blame"

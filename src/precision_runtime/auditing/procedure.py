@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from precision_runtime.auditing.randomness import reseed, seeded
 from precision_runtime.auditing.recorder import Call, Recorder
 from precision_runtime.auditing.recurrent import noisy_states
 from precision_runtime.auditing.references import Reference, References, Sample
+from precision_runtime.auditing.repair import find_repair
 from precision_runtime.auditing.replays import Yardstick
 from precision_runtime.auditing.runs import Run, execute, loss_gradient
 from precision_runtime.auditing.sheet import Sheet, input_name, sample_of
@@ -37,7 +39,9 @@ from precision_runtime.capability import support
 from precision_runtime.casting import TO, cast_module, cast_tree
 from precision_runtime.errors import AuditError, ConfigurationError, UnsupportedError
 from precision_runtime.formats import FORMATS
+from precision_runtime.islands import keep
 from precision_runtime.modes import Mode, parse_mode
+from precision_runtime.options import Options, islands_of
 from precision_runtime.record import Finding, Remark, Report
 from precision_runtime.strategies import Strategy, strategy_for
 from precision_runtime.tree import leaves, map_tensors
@@ -66,6 +70,8 @@ def audit(
     originals: Originals | None = None,
     references: References | None = None,
     name: str | None = None,
+    islands: object = (),
+    repair: bool = False,
 ) -> Report:
     """Run ``function`` in ``mode`` and in FP64, and judge what the precision cost. There is no tolerance to choose.
 
@@ -75,6 +81,8 @@ def audit(
     number of bits that may be lost beyond what the mode must lose. Same seed, same verdict.
 
     ``originals`` are values from before a cast that has already happened; ``references`` share FP64 runs between modes.
+    ``islands`` are parts kept wide, as ``PrecisionRuntime`` takes them. ``repair`` looks, where the mode fails, for the
+    smallest set of modules to keep in FP32 so that it holds (``report.repair``); each proposal costs an audit.
 
     Raises ``UnsupportedError`` where this machine cannot run the mode, ``AuditError`` where the code runs in float32
     but has no FP64 reference, and whatever the code itself raises when it does not even run in float32.
@@ -91,20 +99,37 @@ def audit(
     if not lane.ok:
         raise UnsupportedError(f"{parsed} on {lane.accelerator} cannot be audited here: {lane.reason}")
     parsed, device = placed(parsed, lane.accelerator).mode, resolve(lane.accelerator)
-    with seeded(seed, device):
-        trial = _Trial(
-            function, args, dict(kwargs or {}), parsed, strategy_for(parsed, device), lane.status, lane.accelerator,
-            gradients, budget, seed, originals or Originals(), references or References(1), name or name_of(function),
-        )  # fmt: skip
-        return trial.report()
+    pairs, automatic = islands_of(islands)
+    originals, references = originals or Originals(), references or References(1)
+
+    def judge(kept: Sequence[str] = (), explain: bool = True) -> Report:
+        wide = tuple(sorted({**dict(pairs), **dict.fromkeys(kept, "float32")}.items()))
+        strategy = strategy_for(parsed, device, Options(islands=wide, auto_islands=automatic))
+        with seeded(seed, device):
+            trial = _Trial(
+                function, args, dict(kwargs or {}), parsed, strategy, lane.status, lane.accelerator,
+                gradients, budget, seed, originals, references, name or name_of(function), explain,
+            )  # fmt: skip
+            return trial.report()
+
+    report = judge()
+    if not repair or report.ok:
+        return report
+    roots = find_modules(function, args, dict(kwargs or {}))
+    if len(roots) != 1:
+        raise ConfigurationError(f"a repair is looked for in one model, and this function runs {len(roots)}")
+    ((root, model),) = roots.items()
+    found = find_repair(report, root, model, parsed, device.type, lambda kept: judge(kept, explain=False))
+    return replace(report, repair=found)
 
 
 class _Trial:
     def __init__(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode,
         strategy: Strategy, status: str, accelerator: str, gradients: bool, budget: float, seed: int,
-        originals: Originals, references: References, name: str,
+        originals: Originals, references: References, name: str, explain: bool = True,
     ) -> None:  # fmt: skip
+        self.explain = explain
         self.function, self.args, self.kwargs = function, args, kwargs
         self.mode, self.strategy, self.status, self.accelerator = mode, strategy, status, accelerator
         self.gradients, self.budget, self.seed = gradients, budget, seed
@@ -148,7 +173,8 @@ class _Trial:
             lambda: LowWatch(getattr(torch, self.mode.compute), self._masking),
             lambda: TrueDouble(masking=self._masking),
         )  # fmt: skip
-        findings, remarks = findings_of(judge, lambda verdict: blame_op(stage, verdict))
+        search = (lambda verdict: blame_op(stage, verdict)) if self.explain else None
+        findings, remarks = findings_of(judge, search)
         findings = [*self._not_applied(low), *findings]
         self.remarks += remarks
         self.remarks += [Remark("not-judged", text, module) for (module, _), text in judge.remarks.items()]
@@ -204,6 +230,7 @@ class _Trial:
     def _convert(self, root: nn.Module) -> None:
         if any(forwarding.is_set_up(m) for m in root.modules()):
             return
+        keep(root, self.strategy, partly=len(self.roots) > 1)
         root._apply(lambda t: t.to(self.strategy.device))
         if self.mode.params != "float64":
             cast_module(root, _DOUBLE_TO_SINGLE)
