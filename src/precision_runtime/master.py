@@ -11,8 +11,10 @@ optimizer's state is to be loaded after ``setup(model, optimizer)``: before it, 
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from precision_runtime.errors import ConfigurationError
 
 _HALF = (torch.float16, torch.bfloat16)
+_WIDE = (torch.float32, torch.float64)
 
 
 @dataclass
@@ -46,6 +49,17 @@ def keep_full(parameter: torch.Tensor, full: torch.Tensor) -> None:
     _BEHIND[master] = weakref.ref(parameter)
 
 
+@contextlib.contextmanager
+def keeping(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Trainable parameters of ``models`` that become half inside: their values from before become their masters."""
+    full = [(p, p.detach()) for model in models for p in model.parameters() if p.requires_grad and p.dtype in _WIDE]
+    yield
+    while full:
+        parameter, before = full.pop()
+        if parameter.dtype in _HALF:
+            keep_full(parameter, before.to(torch.float32, copy=True))  # others may still hold what was there
+
+
 def master_of(parameter: torch.Tensor) -> torch.Tensor | None:
     """The master of a half parameter, None where it has none."""
     found = _MASTERS.get(parameter) if parameter.dtype in _HALF else None
@@ -62,6 +76,10 @@ def attach(model: nn.Module) -> None:
 
 class NoMasters:
     """What the runtime has in modes without master weights: nothing happens."""
+
+    def keeping(self, model: nn.Module) -> AbstractContextManager[None]:
+        """The context of ``model``'s cast: where there are masters, they begin with the values from before it."""
+        return contextlib.nullcontext()
 
     def attach(self, model: nn.Module) -> None:
         """Make ``model``'s checkpoints those of the masters."""
@@ -85,6 +103,10 @@ class NoMasters:
 
 class Masters(NoMasters):
     """Master weights for every optimizer that a runtime meets, at ``setup`` or later."""
+
+    def keeping(self, model: nn.Module) -> AbstractContextManager[None]:
+        """See ``NoMasters.keeping``."""
+        return keeping([model])
 
     def attach(self, model: nn.Module) -> None:
         """See ``NoMasters.attach``."""

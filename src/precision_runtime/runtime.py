@@ -145,7 +145,8 @@ class PrecisionRuntime:
             move(model, self.device, optimizers)
         held = list(model.parameters()) if optimizers else []
         keep(model, self.strategy)
-        self.strategy.convert(model)
+        with self.masters.keeping(model):
+            self.strategy.convert(model)
         swapped = {id(p) for p in held} - {id(p) for p in model.parameters()}
         move(model, self.device, optimizers)
         self.masters.attach(model)

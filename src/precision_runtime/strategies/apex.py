@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from precision_runtime.building import Building
 from precision_runtime.casting import CAST, FLOATING, TO, CastTable, cast_call
 from precision_runtime.forwarding import is_suspended
-from precision_runtime.master import attach, keep_full
+from precision_runtime.master import attach, keeping
 from precision_runtime.modes import Mode
 from precision_runtime.options import Options
 from precision_runtime.strategies.apex_functions import ApexFunctions
@@ -67,15 +67,11 @@ class MasterStrategy(HalfStrategy):
     """
 
     def convert(self, module: nn.Module) -> nn.Module:
-        """See ``Strategy.convert``; the values from before the cast become the master weights."""
+        """See ``Strategy.convert``."""
         norms = [(part, _floating(part)) for part in module.modules() if isinstance(part, _BatchNorm)]
-        full = [(p, p.detach()) for p in module.parameters() if p.requires_grad and p.dtype in FLOATING]
         super().convert(module)
         for part, tensors in norms:
             _put_back(part, tensors)
-        for parameter, before in full:
-            if parameter.dtype is self.dtype and before.dtype is not self.dtype:
-                keep_full(parameter, before.to(torch.float32, copy=True))  # others may still hold what was there
         return module
 
     def init_context(self) -> AbstractContextManager[None]:
@@ -87,8 +83,10 @@ class _Building(Building):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)
-        for root in self._roots() if kind is None else ():
+        roots = self._roots() if kind is None else []
+        with keeping(roots):
+            super().__exit__(kind, error, trace)
+        for root in roots:
             attach(root)
 
 
