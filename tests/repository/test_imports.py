@@ -25,10 +25,13 @@ def imports_torch(statement: str) -> bool:
     "module",
     [
         "precision_runtime",
+        "precision_runtime.automatic",
+        "precision_runtime.cli",
         "precision_runtime.errors",
         "precision_runtime.formats",
         "precision_runtime.modes",
         "precision_runtime.record",
+        "precision_runtime.survey",
         "pytest_precision.plugin",
     ],
 )
