@@ -59,6 +59,12 @@ def swaps(
     return found
 
 
+def matching(root: nn.Module, patterns: Iterable[str]) -> tuple[str, ...]:
+    """Those of ``patterns`` that match a module of ``root``: a pattern is about a model of which it may be a part."""
+    names = [name for name, _ in root.named_modules()]
+    return tuple(p for p in patterns if any(fnmatch.fnmatchcase(name, p) for name in names))
+
+
 def _ignored(name: str, patterns: tuple[str, ...]) -> str:
     """The sentence for a module that matches, or lies inside one that matches; whole names only, no prefixes."""
     parts = name.split(".")

@@ -204,6 +204,20 @@ def test_init_module_gives_the_model_that_setup_gives():
     assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
 
 
+def test_parts_made_one_by_one_share_the_patterns_of_their_model():
+    with runtime(ignore_modules="1").init_module():
+        alone, several = nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    assert [type(m) for m in (alone, *several)] == [Float8Linear, Float8Linear, nn.Linear]
+
+
+def test_islands_stay_wide_and_are_not_swapped():
+    model = runtime(islands={"body": "32"}).setup(Net())
+    assert [type(m) for m in model.body] == [nn.LayerNorm, nn.Linear, nn.GELU]
+    assert model.body[1].weight.dtype is torch.float32
+    assert type(model.stem) is Float8Linear
+    assert all(y.isfinite().all() for y in model(torch.ones(3, 32)))
+
+
 def test_a_set_up_model_is_one_step_and_so_is_what_autocast_surrounds():
     layer = nn.Linear(16, 16)
 
@@ -289,8 +303,14 @@ def test_strategies_are_values_by_what_the_recipe_means():
     assert copy.copy(plain).options.recipe == DelayedScaling()
 
 
-def test_emulation_says_so_and_why():
-    answer = runtime().support
+# Another runtime, without the hardware, goes on in another precision and still claims to run FP8.
+def test_emulation_says_so_and_why_and_the_mode_stays_what_was_asked_for():
+    rt = runtime()
+    answer = rt.support
+    assert (rt.mode.name, rt.strategy.native, rt.mode.products) == ("transformer-engine", False, "float8_e4m3fn")
+    layer = rt.setup(nn.Linear(16, 16))
+    x = torch.linspace(1, 2, 16).expand(4, 16)
+    assert not torch.equal(layer(x), nn.functional.linear(x.bfloat16(), layer.weight, layer.bias).float())
     assert answer.status == "emulated"
     assert "rounded beforehand, their products summed in float32, because NVIDIA's transformer_engine" in answer.reason
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from precision_runtime.accelerators import machine
-from precision_runtime.casting import kept_in_float32
+from precision_runtime.casting import cast_module, kept_in_float32
 from precision_runtime.errors import ConfigurationError
 from precision_runtime.float8 import native
 from precision_runtime.float8.layers import LAYERS, become_float8, is_float8
@@ -20,8 +20,10 @@ from precision_runtime.float8.recipes import NVFP4BlockScaling, parse_recipe
 from precision_runtime.float8.regions import region
 from precision_runtime.float8.shapes import refusal
 from precision_runtime.forwarding import PatchedForward, is_suspended
+from precision_runtime.islands import island_around, islands_in, plan_islands
+from precision_runtime.keeping import Island
 from precision_runtime.strategies.half import HalfStrategy
-from precision_runtime.swapping import Swap, swaps
+from precision_runtime.swapping import Swap, matching, swaps
 
 
 @dataclass(frozen=True)
@@ -49,33 +51,49 @@ class Float8Strategy(HalfStrategy):
 
     def swaps(self, module: nn.Module) -> list[Swap]:
         """See ``Strategy.swaps``."""
+        return self._rows(module, self.options.ignore_modules, islands_in(module) or plan_islands(module, self))
+
+    def convert(self, module: nn.Module) -> nn.Module:
+        """See ``Strategy.convert``; again: nothing happens."""
+        self.convert_all([module])
+        return module
+
+    def convert_all(self, modules: list[nn.Module]) -> None:
+        """See ``Strategy.convert_all``."""
+        for module in modules:
+            patterns = self.options.ignore_modules
+            if len(modules) > 1:
+                patterns = matching(module, patterns)
+            self._swap(module, [row.layer for row in self._rows(module, patterns, islands_in(module)) if row.swapped])
+            cast_module(module, self.module_table)
+
+    def _rows(self, module: nn.Module, patterns: tuple[str, ...], islands: list[Island]) -> list[Swap]:
         taken = next((name for name, part in module.named_modules() if is_float8(part)), None)
         kept = kept_in_float32(module, {self.dtype})
 
         def refuse(name: str, layer: nn.Module) -> str:
             if taken is not None:
                 return f"the model has FP8 layers already ({taken!r}) and is taken as it was made"
+            island = island_around(name, islands)
+            if island is not None:
+                return f"an FP32 island: {island.reason}"
             if any(id(p) in kept for p in layer._parameters.values()):
                 return "the model declares that it needs float32"
             if "forward" in vars(layer) and not isinstance(vars(layer)["forward"], PatchedForward):
                 return "its forward was replaced on the object and may read the weight"
             return refusal(layer, self.options.recipe)
 
-        rows = swaps(module, LAYERS, self.options.ignore_modules, refuse, self.options.islands)
-        return [row for row in rows if not is_float8(row.layer)]
+        return [row for row in swaps(module, LAYERS, patterns, refuse) if not is_float8(row.layer)]
 
-    def convert(self, module: nn.Module) -> nn.Module:
-        """See ``Strategy.convert``; again: nothing happens."""
-        chosen = [row.layer for row in self.swaps(module) if row.swapped]
+    def _swap(self, module: nn.Module, layers: list[nn.Module]) -> None:
         if self.native:
-            native.replace(module, chosen, self.options.recipe, self.device)
+            native.replace(module, layers, self.options.recipe, self.device)
         else:
-            for layer in chosen:
+            for layer in layers:
                 become_float8(layer, self.options.recipe)
         for part in module.modules():
             if isinstance(part, nn.TransformerEncoderLayer) and any(is_float8(m) for m in part.modules()):
                 part.activation_relu_or_gelu = 0  # its fast path hands weights to a kernel that knows no FP8
-        return super().convert(module)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """One step of delayed scaling: calls of a layer inside share their scales."""

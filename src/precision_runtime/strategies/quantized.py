@@ -22,7 +22,7 @@ from precision_runtime.islands import island_around, islands_in, plan_islands
 from precision_runtime.keeping import Island
 from precision_runtime.layers import QuantizedLayer
 from precision_runtime.strategies.half import HalfStrategy
-from precision_runtime.swapping import Swap, swaps
+from precision_runtime.swapping import Swap, matching, swaps
 
 Ready = Callable[[nn.Parameter], "nn.Parameter | None"]
 
@@ -59,7 +59,7 @@ class QuantizedStrategy(HalfStrategy):
         for module in roots:
             patterns = self.options.ignore_modules
             if len(roots) > 1:  # a pattern is about the whole model, of which this may be a part
-                patterns = _matching(module, patterns)
+                patterns = matching(module, patterns)
             rows = self._rows(module, patterns, islands_in(module), ready)
             self._check_storage(module)
             self._swap([row.layer for row in rows if row.swapped], ready)
@@ -242,10 +242,3 @@ def _uses(layers: list[nn.Module]) -> dict[int, int]:
         key = id(layer._parameters["weight"])
         uses[key] = uses.get(key, 0) + 1
     return uses
-
-
-def _matching(module: nn.Module, patterns: tuple[str, ...]) -> tuple[str, ...]:
-    import fnmatch
-
-    names = [name for name, _ in module.named_modules()]
-    return tuple(p for p in patterns if any(fnmatch.fnmatchcase(name, p) for name in names))
