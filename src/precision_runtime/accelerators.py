@@ -269,7 +269,7 @@ _EMULATION: MappingProxyType[tuple[str, str], Callable[[], str | None]] = Mappin
 )
 
 
-_BITSANDBYTES = (0, 46)  # the first release with 4- and 8-bit operators for the CPU
+_BITSANDBYTES = (0, 50)  # before, its 4-bit products took weights the other way round and no odd shapes
 
 
 def _no_bitsandbytes() -> str | None:

@@ -46,7 +46,7 @@ def test_a_missing_package_is_a_reason_and_no_import_error(mode, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("version", "old"), [("0.45.5", True), ("0.46.0", False), ("1.0", False), ("0.50.2.dev0", False)]
+    ("version", "old"), [("0.49.9", True), ("0.50.0", False), ("1.0", False), ("0.50.2.dev0", False)]
 )
 def test_a_package_that_is_too_old_is_told_by_its_version(version, old, monkeypatch):
     monkeypatch.setattr(accelerators.importlib.util, "find_spec", lambda name: object())
@@ -55,7 +55,7 @@ def test_a_package_that_is_too_old_is_told_by_its_version(version, old, monkeypa
     with pretend(Fresh()):
         assert support("nf4", "cpu").ok is not old
         if old:
-            assert f"bitsandbytes {version} is installed, and 0.46 is the oldest" in support("nf4", "cpu").reason
+            assert f"bitsandbytes {version} is installed, and 0.50 is the oldest" in support("nf4", "cpu").reason
 
 
 def test_a_device_without_kernels_says_so(monkeypatch):
