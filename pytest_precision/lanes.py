@@ -19,13 +19,15 @@ class Lane:
     """A mode on an accelerator, as one test runs in it.
 
     ``default`` says whether the accelerator is the machine's default, which test ids leave out; ``ambient`` that the
-    test does not ask for the fixture and runs inside the mode's autocast and default dtype.
+    test does not ask for the fixture and runs inside the mode's autocast and default dtype; ``asked`` that the test
+    itself names the mode, so that it must apply to the test's model.
     """
 
     mode: str
     accelerator: str
     default: bool = True
     ambient: bool = False
+    asked: bool = True
 
     @property
     def id(self) -> str:

@@ -52,6 +52,7 @@ def lend(request: pytest.FixtureRequest) -> Iterator[PrecisionContext]:
             answer.accelerator,
             budget=settings_of(item.config).budget if marked.budget is None else float(marked.budget),
             gradients=marked.gradients is not False,
+            asked=lane.asked,
             references=lambda number: references.at(case, number),
             record=lambda report: outcome.checks.append(report.to_dict()),
         )

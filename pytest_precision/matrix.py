@@ -37,7 +37,7 @@ class Matrix:
         for mode in marked.modes or self._modes():
             for accelerator in marked.accelerators or self._accelerators(mode, default):
                 if only is None or only.selects(mode, accelerator):
-                    lanes[Lane(mode, accelerator, accelerator == default, ambient)] = None
+                    lanes[Lane(mode, accelerator, accelerator == default, ambient, bool(marked.modes))] = None
         return list(lanes)
 
     def params(self, mark: pytest.Mark | None, ambient: bool) -> list[Any]:

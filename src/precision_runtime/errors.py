@@ -25,6 +25,10 @@ class ConfigurationError(PrecisionError, ValueError):
     """A combination of arguments that contradict each other."""
 
 
+class NothingToSwapError(ConfigurationError):
+    """The mode swaps layers of a kind that the model does not have: nothing would run in it."""
+
+
 class AuditError(PrecisionError, RuntimeError):
     """The audit could not be carried out (the reference itself fails, for instance); never a verdict."""
 

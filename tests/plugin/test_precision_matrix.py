@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from precision_runtime.modes import MODES
+from precision_runtime.modes import GROUPS, MODES
 from pytest_precision.lanes import Lane, parse_selection
 from pytest_precision.machine import Machine
 from pytest_precision.marker import Marked
@@ -103,7 +103,7 @@ TWO = Marked(modes=("16-mixed", "64-true"))
         ({"spec": "mixed@cpu"}, ["16-mixed@cpu", "bf16-mixed@cpu"]),
         ({"spec": "mixed@cpu,16"}, ["16-mixed@cpu", "16-mixed", "bf16-mixed@cpu"]),
         ({"spec": "16-mixed@cuda"}, ["16-mixed"]),
-        ({"spec": "!half"}, ["32-true", "64-true"]),
+        ({"spec": "!half"}, [mode for mode in MODES if mode not in GROUPS["half"]]),
         ({"spec": "!half", "marked": TWO}, ["64-true"]),
         ({"spec": "mixed,!bf16-mixed@cpu", "matrix": True}, ["16-mixed", "16-mixed@cpu", "bf16-mixed"]),
         ({"spec": "true", "marked": TWO}, []),
@@ -122,4 +122,26 @@ def test_without_accelerators_in_play_the_machine_is_not_asked():
             raise AssertionError
 
     settings = Settings(False, None, None, ("16-mixed",), (), 2.0, False)
-    assert Matrix(settings, Blind()).lanes(Marked()) == [Lane("16-mixed", "auto")]
+    assert Matrix(settings, Blind()).lanes(Marked()) == [Lane("16-mixed", "auto", asked=False)]
+
+
+NORM = """
+import torch
+
+{marker}
+def test_norm(precision_ctx):
+    precision_ctx.check(torch.nn.LayerNorm(16), precision_ctx.randn(4, 16))
+"""
+
+
+def test_a_mode_that_only_the_matrix_tries_is_skipped_where_it_has_nothing_to_swap(run):
+    result = run(NORM.format(marker=""), "--precision-matrix", "--precision-lanes=nf4,bf16-true", "-rs")
+    result.assert_outcomes(passed=1, skipped=1)
+    result.stdout.fnmatch_lines(["*nf4 on cpu: nf4 puts quantised layers in place of nn.Linear*"])
+
+
+def test_a_mode_that_the_test_names_must_apply(run):
+    marker = '@__import__("pytest").mark.precision("nf4", "bf16-true")'
+    result = run(NORM.format(marker=marker), "--precision-matrix")
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*NothingToSwapError: nf4 puts quantised layers*"])

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from precision_runtime.casting import cast_module
-from precision_runtime.errors import ConfigurationError
+from precision_runtime.errors import ConfigurationError, NothingToSwapError
 from precision_runtime.forwarding import PatchedForward
 from precision_runtime.islands import island_around, islands_in, plan_islands
 from precision_runtime.keeping import Island
@@ -44,10 +44,10 @@ class QuantizedStrategy(HalfStrategy):
         return self._rows(module, self.options.ignore_modules, islands, _none_ready)
 
     def convert(self, module: nn.Module) -> nn.Module:
-        """See ``Strategy.convert``. Raises ``ConfigurationError`` where there is nothing to swap."""
+        """See ``Strategy.convert``. Raises ``NothingToSwapError`` where there is nothing to swap."""
         self.convert_all([module])
         if not any(_is_quantized(part) for part in module.modules()):
-            raise ConfigurationError(self._nothing(module))
+            raise NothingToSwapError(self._nothing(module))
         return module
 
     def convert_all(self, modules: list[nn.Module]) -> None:
