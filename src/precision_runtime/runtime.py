@@ -230,6 +230,7 @@ class PrecisionRuntime:
         if not self.scaler.enabled:
             self._advance(optimizer, *(() if closure is None else (closure,)), **kwargs)
             self.masters.spread(optimizer)
+            self.strategy.stepped()
             return StepResult(skipped=False, scale=self.scaler.scale)
         if closure is not None:
             inspection = step_with_closure(self.scaler, optimizer, closure, partial(self._advance, optimizer), kwargs)

@@ -96,6 +96,19 @@ def test_what_is_refused_says_why(mode, reason):
         PrecisionRuntime(mode, "xla")
 
 
+def test_each_step_is_carried_out_and_not_only_noted_down():
+    from torch_xla.debug import metrics
+
+    rt, model = PrecisionRuntime("bf16-true", "xla"), nn.Linear(4, 1)
+    model, opt = rt.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    x, before = torch.ones(2, 4).to(rt.device), metrics.counter_value("MarkStep") or 0
+    for _ in range(3):
+        opt.zero_grad()
+        rt.backward(model(x).sum())
+        rt.step(opt)
+    assert metrics.counter_value("MarkStep") == before + 3
+
+
 def test_auto_takes_bfloat16():
     rt = PrecisionRuntime("auto", "xla")
     assert rt.mode.name == "bf16-mixed"

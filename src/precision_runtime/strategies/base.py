@@ -91,6 +91,13 @@ class Strategy:
         """The context that the backward pass runs in; null where only the forward pass decides."""
         return contextlib.nullcontext()
 
+    def stepped(self) -> None:
+        """An optimizer has stepped. On XLA, which only notes down what it is told to do, this is when it is done."""
+        if self.device.type == "xla":
+            import torch_xla  # type: ignore[import-not-found]
+
+            torch_xla.sync()
+
     def init_context(self) -> AbstractContextManager[None]:
         """Modules made inside are on the device, and after it in the mode, as ``convert`` would have made them."""
         return Building(self)
