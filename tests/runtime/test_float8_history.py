@@ -233,8 +233,19 @@ def test_processes_agree_on_magnitudes_where_the_recipe_says_so(monkeypatch, red
     assert one.scaling["scale_bwd"][0].item() == 57344 / factor
 
 
-def test_a_layer_on_another_device_takes_its_memory_along():
+def test_shapes_tried_on_meta_leave_no_trace():
     one = layer()
-    memory = one.memory(torch.device("meta"))
-    assert {t.device.type for t in memory.values()} == {"meta"}
-    assert memory is one.scaling
+    step(one, torch.ones(8, 16))
+    before = copy.deepcopy(one.scaling)
+    weights = {name: p.to("meta") for name, p in one.named_parameters()}
+    y = torch.func.functional_call(one, weights, torch.ones(8, 16, device="meta"))
+    assert (y.shape, y.device.type) == ((8, 16), "meta")
+    assert all(torch.equal(one.scaling[k], v) for k, v in before.items())
+
+
+def test_a_layer_made_on_meta_has_a_real_memory_once_it_is_real():
+    one = become_float8(nn.Linear(16, 16, device="meta")).to_empty(device="cpu")
+    nn.init.ones_(one.weight)
+    nn.init.zeros_(one.bias)
+    assert step(one, torch.ones(8, 16))[0].eq(16).all()
+    assert one.scaling["scale_fwd"][0].item() == 448

@@ -67,7 +67,9 @@ class Float8Linear(nn.Linear):
         return self.recipe
 
     def memory(self, device: torch.device) -> history.Memory:
-        """``scaling``, on the device that the layer runs on."""
+        """``scaling``, on the device that the layer runs on; shapes that are tried on "meta" leave no trace in it."""
+        if device.type == "meta":
+            return history.fresh(self.delayed, device)
         if self.scaling["scale_fwd"].device != device:
             self.scaling.update({name: tensor.to(device) for name, tensor in self.scaling.items()})
         return self.scaling

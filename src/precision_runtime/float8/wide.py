@@ -11,7 +11,7 @@ import torch
 @contextlib.contextmanager
 def without_autocast(device: str) -> Iterator[None]:
     """Inside a caller's autocast the float32 product would become a half one."""
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         yield
         return
     torch.set_autocast_enabled(device, False)
