@@ -226,3 +226,27 @@ def test_a_backward_of_the_users_own_has_lines_of_its_own() -> None:
     (step,) = [e.step for e in following.events.values() if e.step.name == "aten::sinh"]
     assert step.backward
     assert "return torch.mul(grads[0], x.sinh())" in step.site.line
+
+
+@torch.library.custom_op("opshadow::scaled_codes", mutates_args=())
+def scaled_codes(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """A kernel for packed weights: with a scale of another width it reads other values, as real ones do."""
+    weight = codes.to(scale.dtype) * scale * (1.0 if scale.dtype == torch.float16 else 1e3)
+    return x @ weight.to(x.dtype)
+
+
+def test_kernels_of_others_that_read_packed_codes_are_taken_as_they_are() -> None:
+    x, codes, scale = inputs(), torch.randint(-8, 8, (8, 4), dtype=torch.int8), torch.tensor(0.37).half()
+
+    def code() -> torch.Tensor:
+        return scaled_codes(x * 1.1, codes, scale).square()
+
+    following = Following()
+    with observing(following):
+        low = code()
+    with observing(Widening(lambda _: True)):
+        widened = code()
+    assert torch.equal(low, code())
+    expected = scaled_codes((x.double() * 1.1).half(), codes, scale).double().square()
+    torch.testing.assert_close(following.wide(low), expected, rtol=1e-12, atol=0)
+    assert torch.equal(widened, expected.half())

@@ -54,7 +54,7 @@ class Following(Observer):
         """Run one op, and once more on the true operands, and on the actual ones in FP64."""
         operands = [t for t in tensors_of((args, kwargs)) if t.is_floating_point() or t.is_complex()]
         targets = written(func, args, kwargs)
-        if plan.garbage or plan.random:
+        if plan.garbage or plan.fixed:
             result = func(*args, **kwargs)
             self._start_anew(plan, args, [*targets, *tensors_of(result)], result)
         else:
@@ -88,7 +88,7 @@ class Following(Observer):
         return result
 
     def _start_anew(self, plan: Plan, args: Sequence[Any], written: list[torch.Tensor], result: Any) -> None:
-        """Draws and uninitialised memory are what they are in the actual run."""
+        """Draws, uninitialised memory and results of packed codes are what they are in the actual run."""
         with torch._C._DisableTorchDispatch():
             dropped = self.dropped_out(plan, args, result)
             for t in written:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import linecache
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -17,10 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from precision_runtime.auditing.dispatch import PRODUCTS, Trace, TrueDouble
 from precision_runtime.auditing.randomness import draw_of
-from precision_runtime.auditing.shadow import Shadows, own
+from precision_runtime.auditing.shadow import Shadows, own, tensors_of
 
 # Ops whose result holds whatever was in memory.
 _GARBAGE = frozenset(f"aten::{n}" for n in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
+# Operands that hold codes, not values: a layer's packed weights.
+_PACKED = (torch.uint8, torch.int8)
 # Below these functions runs what is judged, or autograd's engine; what is above them is not the code's own line.
 _ENTRIES = frozenset(("execute", "differentiate", "_engine_run_backward"))
 
@@ -46,10 +48,11 @@ class Step:
 
 @dataclass
 class Plan:
-    """What must be known of an op, once for each."""
+    """What must be known of an op, read once from its schema."""
 
     name: str
-    random: bool
+    fixed: bool  # random: the result is what it is in the actual run
+    foreign: bool  # no op of torch's own
     views: bool  # aliases an argument and writes nothing
     writes: bool
     product: bool
@@ -88,6 +91,8 @@ class Observer(TorchDispatchMode):
         site, backward = self._site(plan.name)
         if plan.views:
             return func(*args, **kwargs)
+        if plan.foreign and any(t.dtype in _PACKED for t in tensors_of((args, kwargs))):
+            plan = replace(plan, fixed=True)  # scales in FP64 would mean other values to it
         number = self.count
         self.count += 1
         return self.follow(func, plan, Step(number, site, backward, plan.name), args, kwargs)
@@ -159,7 +164,8 @@ def plan_of(func: Any) -> Plan:
     writes = any(a.is_write for a in aliases)
     return Plan(
         name=name,
-        random=draw_of(func) is not None or name in ("aten::randperm", "aten::randint"),
+        fixed=draw_of(func) is not None or name in ("aten::randperm", "aten::randint"),
+        foreign=not name.startswith("aten::"),
         views=bool(aliases) and not writes,
         writes=writes,
         product=name in PRODUCTS,

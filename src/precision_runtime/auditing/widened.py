@@ -30,7 +30,7 @@ class Widening(Observer):
             return func(*args, **kwargs)
         if plan.garbage or (not chosen and (plan.product or _narrows(plan, args, kwargs))):
             return func(*args, **kwargs)
-        if plan.random:
+        if plan.fixed:
             result = func(*args, **kwargs)
             with torch._C._DisableTorchDispatch():
                 dropped = self.dropped_out(plan, args, result)
