@@ -125,7 +125,7 @@ class DelayedScheme(CurrentScheme):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The scales of x and w as the history has them."""
         memory, region = layer.memory(x.device), regions.current()
-        if region is not None and region.training:
+        if region is not None and region.training and memory is layer.scaling:
             for column, tensor in ((history.INPUT, x), (history.WEIGHT, weight)):
                 history.collect(memory, "fwd", column, largest_magnitude(tensor))
             region.touch(layer)
