@@ -309,7 +309,7 @@ def _quantized_error(device: torch.device, storage: str) -> str | None:
 def _cpu_bfloat16() -> str | None:
     import torch
 
-    # torch 2.11 and later tell it in a table, older ones in functions of the same facts.
+    # Newer releases of torch tell it in a table, older ones in functions of the same facts.
     facts = getattr(torch.cpu, "get_capabilities", dict)()
     units = [name for name in _BFLOAT16_INSTRUCTIONS if facts.get(name)]
     if units or (not facts and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())):
@@ -317,7 +317,7 @@ def _cpu_bfloat16() -> str | None:
     return "this processor has no bfloat16 instructions (AVX-512 BF16, AMX, Arm BF16), so that float32 is faster"
 
 
-_BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "arm_bf16", "sve_bf16")
+_BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")  # x86, then Arm
 
 _SLOW: MappingProxyType[tuple[str, str], Callable[[], str | None]] = MappingProxyType(
     {("cpu", "bfloat16"): _cpu_bfloat16}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import subprocess
 import sys
 import zipfile
@@ -45,6 +46,11 @@ def test_it_holds_nothing_but_the_two_packages_and_its_metadata(wheel: zipfile.Z
     assert f"{metadata}/licenses/LICENSE" in wheel.namelist()
 
 
-def test_pytest_finds_the_plugin_in_it(wheel: zipfile.ZipFile) -> None:
+def test_pytest_finds_the_plugin_in_it_and_the_shell_its_command(wheel: zipfile.ZipFile) -> None:
     (entry_points,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
-    assert wheel.read(entry_points).decode().split() == ["[pytest11]", "precision", "=", "pytest_precision.plugin"]
+    found = configparser.ConfigParser()
+    found.read_string(wheel.read(entry_points).decode())
+    assert {section: dict(found[section]) for section in found.sections()} == {
+        "console_scripts": {"precision-runtime": "precision_runtime.cli:main"},
+        "pytest11": {"precision": "pytest_precision.plugin"},
+    }
