@@ -58,10 +58,13 @@ def test_a_copy_calls_its_own_forward(clone, mode):
     x = torch.randn(2, 4)
     assert torch.equal(model(x), twin(x))
     with torch.no_grad():
-        twin.layer.weight.zero_()
-        twin.layer.bias.zero_()
-    assert twin(x).eq(0).all()
-    assert model(x).ne(0).any()
+        if twin.layer.weight.is_floating_point():  # codes are no numbers to set
+            twin.layer.weight.zero_()
+            twin.layer.bias.zero_()
+            assert twin(x).eq(0).all()
+        twin.layer.bias.fill_(100.0)
+    assert twin(x).gt(50).all()
+    assert model(x).abs().lt(50).all()
 
 
 def test_hooks_still_run():
@@ -152,8 +155,9 @@ def test_a_model_compiles_without_a_graph_break_and_gives_the_same(mode):
     model = set_up(mode, nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
     x = torch.randn(2, 4)
     torch.compiler.reset()  # one frame is compiled for every mode, and the compiler has had enough after eight
-    emulated = MODES[mode].family == "tf32"  # below what the compiler sees: it leaves such calls to eager code
-    assert torch.equal(torch.compile(model, backend="eager", fullgraph=not emulated)(x), model(x))
+    # Below what the compiler sees, or packed weights that it has no graph for: it leaves such calls to eager code.
+    whole = MODES[mode].family not in ("tf32", "quantized")
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=whole)(x), model(x))
 
 
 def test_a_compiled_model_runs_plainly_inside_suspended():
