@@ -219,7 +219,7 @@ def test_an_unknown_name_and_loose_parts():
         pytest.raises(UnknownNameError, match="heads"),
         PrecisionRuntime("nf4", "cpu", ignore_modules="heads").init_module(),
     ):
-        model = Base()
+        model, norm = Base(), nn.LayerNorm(4)
     with PrecisionRuntime("nf4", "cpu", ignore_modules="head").init_module():
         norm, model, loose = nn.LayerNorm(4), Base(), nn.Linear(64, 2)
     assert norm.weight.dtype is torch.bfloat16

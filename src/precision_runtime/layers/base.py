@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -133,3 +133,16 @@ def rows_of(input: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
 def like(rows: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
     """A product's ``rows`` in the dtype of ``input`` and with its leading dimensions."""
     return rows.to(input.dtype).view(*input.shape[:-1], rows.shape[-1])
+
+
+# What to do with a checkpoint that a layer cannot take.
+ELSEWHERE = (
+    "load it into a model in the mode that it was saved in, or load layers.dequantized_state_dict(state) of it, which "
+    "is quantised again"
+)
+
+
+def check_shape(given: Sequence[int], own: Sequence[int]) -> None:
+    """Raise ``ConfigurationError`` where a saved weight has another shape than the layer's own."""
+    if tuple(given) != tuple(own):
+        raise ConfigurationError(f"size mismatch: the saved weight is {tuple(given)}, this layer's {tuple(own)}")

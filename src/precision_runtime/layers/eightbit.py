@@ -14,8 +14,7 @@ import torch
 from torch.nn import functional
 
 from precision_runtime.errors import ConfigurationError
-from precision_runtime.layers.base import QuantizedLayer, like, rows_of
-from precision_runtime.layers.fourbit import _ELSEWHERE, _same_shape
+from precision_runtime.layers.base import ELSEWHERE, QuantizedLayer, check_shape, like, rows_of
 from precision_runtime.layers.library import bnb
 from precision_runtime.layers.packing import pack8, unpack8
 from precision_runtime.layers.products import DequantizedProduct, Int8Product, rounded_rows
@@ -75,14 +74,14 @@ class _Layer8(QuantizedLayer):
         """See ``QuantizedLayer.read``: codes with their scales, or a floating weight, which is quantised."""
         codes, scales, device = entries["weight"], entries.get("SCB"), self.weight.device
         if codes.is_floating_point():
-            _same_shape(codes.shape, self.shape)
+            check_shape(codes.shape, self.shape)
             codes, scales = pack8(codes.to(device))
         elif codes.dtype is not torch.int8 or scales is None:
-            raise ConfigurationError(f"these {codes.dtype} values are no int8 weight with its SCB; {_ELSEWHERE}")
+            raise ConfigurationError(f"these {codes.dtype} values are no int8 weight with its SCB; {ELSEWHERE}")
         elif int(entries.get("weight_format", torch.tensor(0))):
             raise ConfigurationError("these int8 values are in an order that only one kind of GPU reads")
         else:
-            _same_shape(codes.shape, self.shape)
+            check_shape(codes.shape, self.shape)
             codes, scales = codes.to(device, copy=True), scales.to(device, copy=True)
         weight = self.weight
         weight.SCB = scales
@@ -135,8 +134,8 @@ class Linear8Training(QuantizedLayer, bnb.nn.Linear8bitLt):
         """See ``QuantizedLayer.read``: a floating weight only."""
         weight = entries["weight"]
         if not weight.is_floating_point():
-            raise ConfigurationError(f"int8-training has floating weights, these are {weight.dtype}; {_ELSEWHERE}")
-        _same_shape(weight.shape, self.shape)
+            raise ConfigurationError(f"int8-training has floating weights, these are {weight.dtype}; {ELSEWHERE}")
+        check_shape(weight.shape, self.shape)
         with torch.no_grad():
             self.weight.copy_(weight)
 

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from precision_runtime.errors import ConfigurationError
-from precision_runtime.layers.base import QuantizedLayer, like, rows_of
+from precision_runtime.layers.base import ELSEWHERE, QuantizedLayer, check_shape, like, rows_of
 from precision_runtime.layers.library import bnb
 from precision_runtime.layers.packing import pack4, scales4, unpack4, whole_blocks
 from precision_runtime.layers.products import DequantizedProduct
@@ -81,21 +81,19 @@ class _Layer4(QuantizedLayer):
         device = self.weight.device
         codes = entries["weight"]
         if codes.is_floating_point():
-            _same_shape(codes.shape, self.shape)
+            check_shape(codes.shape, self.shape)
             self._settle(*pack4(codes.to(device), self.storage))
             return
         statistics = {k.removeprefix("weight."): v for k, v in entries.items() if k != "weight"}
         if not any(k.startswith("quant_state.bitsandbytes__") for k in statistics):
             raise ConfigurationError(
-                f"these {codes.dtype} values come without the statistics of a 4-bit weight; {_ELSEWHERE}"
+                f"these {codes.dtype} values come without the statistics of a 4-bit weight; {ELSEWHERE}"
             )
         state = bnb.functional.QuantState.from_dict(statistics, device=device)
         storage = f"{state.quant_type}{'-dq' if state.nested else ''}"
         if storage != self.storage:
-            raise ConfigurationError(
-                f"these values are stored as {storage}, this layer is {self.storage}; {_ELSEWHERE}"
-            )
-        _same_shape(state.shape, self.shape)
+            raise ConfigurationError(f"these values are stored as {storage}, this layer is {self.storage}; {ELSEWHERE}")
+        check_shape(state.shape, self.shape)
         self._settle(codes.to(device, copy=True), state)
 
     def follow(self, device: torch.device) -> None:
@@ -150,14 +148,3 @@ class Embedding4(_Layer4, bnb.nn.Embedding4bit):
             self.compute_dtype,
         )  # fmt: skip
         return rows.view(*input.shape, width)
-
-
-_ELSEWHERE = (
-    "load it into a model in the mode that it was saved in, or load layers.dequantized_state_dict(state) of it, which "
-    "is quantised again"
-)
-
-
-def _same_shape(given: Any, own: Any) -> None:
-    if tuple(given) != tuple(own):
-        raise ConfigurationError(f"size mismatch: the saved weight is {tuple(given)}, this layer's {tuple(own)}")

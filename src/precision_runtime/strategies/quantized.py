@@ -56,11 +56,14 @@ class QuantizedStrategy(HalfStrategy):
 
     def convert_ready(self, roots: list[nn.Module], ready: Ready) -> None:
         """Convert several modules; ``ready`` gives weights that have been quantised beforehand."""
-        for module in roots:
-            patterns = self.options.ignore_modules
-            if len(roots) > 1:  # a pattern is about the whole model, of which this may be a part
-                patterns = matching(module, patterns)
-            rows = self._rows(module, patterns, islands_in(module), ready)
+        # A pattern is about the whole model, of which these may be parts. One that matches in no part is looked for in
+        # the first, in vain, and so refused.
+        patterns = self.options.ignore_modules
+        found = [matching(module, patterns) for module in roots]
+        lost = set(patterns).difference(*found)
+        for i, module in enumerate(roots):
+            own = (*found[i], *(lost if i == 0 else ()))
+            rows = self._rows(module, own, islands_in(module), ready)
             self._check_storage(module)
             self._swap([row.layer for row in rows if row.swapped], ready)
             self._settle(module)
