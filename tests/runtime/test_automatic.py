@@ -119,6 +119,9 @@ def test_audit_in_auto_says_which_mode_it_judged():
     report = audit(nn.Linear(4, 4), torch.randn(2, 4), mode="auto")
     assert report.ok
     assert report.mode == support("auto", "cpu").runs
+    (remark,) = (r for r in report.remarks if r.kind == "lane")
+    assert remark.message.startswith(f"auto chose {report.mode}: ")
+    assert not [r for r in audit(nn.Linear(4, 4), torch.randn(2, 4), mode=report.mode).remarks if r.kind == "lane"]
 
 
 def test_choosing_draws_no_random_numbers():

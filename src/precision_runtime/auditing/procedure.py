@@ -98,7 +98,8 @@ def audit(
     lane = support(parsed, accelerator)
     if not lane.ok:
         raise UnsupportedError(f"{parsed} on {lane.accelerator} cannot be audited here: {lane.reason}")
-    parsed, device = placed(parsed, lane.accelerator).mode, resolve(lane.accelerator)
+    place, device = placed(parsed, lane.accelerator), resolve(lane.accelerator)
+    parsed = place.mode
     pairs, automatic = islands_of(islands)
     originals, references = originals or Originals(), references or References(1)
 
@@ -110,6 +111,8 @@ def audit(
                 function, args, dict(kwargs or {}), parsed, strategy, lane.status, lane.accelerator,
                 gradients, budget, seed, originals, references, name or name_of(function), explain,
             )  # fmt: skip
+            if place.runs:
+                trial.remarks.append(Remark("lane", place.reason))
             return trial.report()
 
     report = judge()
