@@ -310,7 +310,7 @@ def _cpu_bfloat16() -> str | None:
     import torch
 
     # Newer releases of torch tell it in a table, older ones in functions of the same facts.
-    facts = getattr(torch.cpu, "get_capabilities", dict)()
+    facts: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     units = [name for name in _BFLOAT16_INSTRUCTIONS if facts.get(name)]
     if units or (not facts and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())):
         return None
