@@ -32,6 +32,8 @@ def up(t: torch.Tensor) -> torch.Tensor:
 class Twin(nn.Module):
     """``wide`` computes the guilty line in FP32: the proof must find no more than that twin's audit does."""
 
+    mean = 0.0  # of the inputs
+
     def __init__(self, wide: bool) -> None:
         super().__init__()
         self.wide = wide
@@ -56,6 +58,19 @@ class Variance(Twin):
         x = self.w(x) + 20.0
         mean = x.mean(-1)
         return x.square().mean(-1) - mean.square()
+
+
+class Norm(Twin):
+    """x - mean(x) amplifies, too, and comes first; the variance is what is wrong."""
+
+    mean = 20.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.w(x)
+        mean = x.mean(-1, keepdim=True)
+        centred = x - mean
+        squares = x.square().mean(-1, keepdim=True)
+        return centred / (squares - mean.square()).clamp_min(0.1).sqrt()
 
 
 class SumOfSquares(Twin):
@@ -131,6 +146,7 @@ DEFECTS = [
     (Softplus, "16-true", "aten::log", "instability", "torch.log(1.0 +", False),
     (Variance, "bf16-true", "aten::sub", "instability", "- mean.square()", False),
     (Variance, "16-true", "aten::sub", "instability", "- mean.square()", False),
+    (Norm, "16-true", "aten::sub", "instability", "(squares - mean.square())", False),
     (SumOfSquares, "16-true", "aten::pow", "range", ".square()", False),
     (RunningTotal, "bf16-true", "aten::add", "kernel", "total = total + part", False),
     (TotalInPlace, "bf16-true", "aten::add", "kernel", "total += part", False),
@@ -150,7 +166,7 @@ DEFECTS = [
 def test_the_op_its_line_and_its_kind_are_named_and_proven(
     module: type[Twin], mode: str, op: str, kind: str, line: str, gradients: bool, deep: bool
 ) -> None:
-    x = torch.randn(32, 16)
+    x = torch.randn(32, 16) + module.mean
 
     def run(wide: bool) -> nn.Module:
         return nn.Sequential(nn.Identity(), module(wide), nn.Identity()) if deep else module(wide)

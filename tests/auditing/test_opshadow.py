@@ -239,7 +239,8 @@ def test_kernels_of_others_that_read_packed_codes_are_taken_as_they_are() -> Non
     x, codes, scale = inputs(), torch.randint(-8, 8, (8, 4), dtype=torch.int8), torch.tensor(0.37).half()
 
     def code() -> torch.Tensor:
-        return scaled_codes(x * 1.1, codes, scale).square()
+        result: torch.Tensor = scaled_codes(x * 1.1, codes, scale)
+        return result.square()
 
     following = Following()
     with observing(following):

@@ -61,7 +61,8 @@ def findings_of(
                 )
     named = _one_per_module(findings)
     if search is not None:
-        guilty = [(f, v) for f, v in named if not v.consequence][:SEARCHED]
+        # A buffer's cast has been proven already, by the call with that buffer alone as it was.
+        guilty = [(f, v) for f, v in named if not v.consequence and f.kind != "cast"][:SEARCHED]
         found = {id(f): search(v) for f, v in guilty}
         return [_with_op(f, found.get(id(f))) for f, _ in named], remarks
     return [f for f, _ in named], remarks

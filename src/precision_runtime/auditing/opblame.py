@@ -31,10 +31,12 @@ from precision_runtime.auditing.sheet import Verdict
 from precision_runtime.auditing.widened import Widening
 from precision_runtime.record import Kind, bits, lost_bits
 
-# A figure that is not below the limit, but this many times smaller, still proves who is guilty of the most of it.
+# Where nothing alone brings the figure below the limit, what makes it this many times smaller is guilty of most of it.
 FALL = 4.0
 # The same line of code that runs so often, each result rounded, is an accumulation.
 MANY = 16
+# Ops that amplify what the cause lost, tried one after the other: x - mean(x) amplifies, too, and is right.
+AMPLIFIERS = 4
 _CASTS = frozenset(
     f"aten::{n}" for n in ("_to_copy", "to", "arange", "full", "scalar_tensor", "linspace", "lift_fresh_copy")
 )
@@ -56,7 +58,7 @@ class Blame:
 class _Candidate:
     """Sites to compute in FP64, and the event that names one of them, with what it did.
 
-    ``whole``: only the whole repair proves it, not most of it.
+    ``whole``: only what passes by far proves it, because other candidates are left.
     """
 
     sites: tuple[Site, ...]
@@ -90,7 +92,10 @@ def _search(stage: Stage, verdict: Verdict) -> Blame | None:
         tried.append(candidate)
         if search.proves(candidate):
             return search.named(candidate, proven=True)
-    return search.named(tried[0], proven=False) if tried else None
+    if not tried:
+        return None
+    best = min(tried, key=search.without) if search.remains <= scene.line else tried[0]
+    return search.named(best, proven=search.without(best) * FALL <= before and search.without(best) < before)
 
 
 def _again(stage: Stage, verdict: Verdict) -> tuple[Scene, float]:
@@ -120,10 +125,11 @@ class _Search:
             formula = None if cause.born or self._is_cast(cause) else self._formula(cause)
             if formula is not None:
                 yield _Candidate((cause.step.site, formula.step.site), formula, *self._did(formula))
-            amplifier = self._amplifier(cause) if math.isfinite(self.before) else None
-            yield _Candidate((cause.step.site,), cause, *self._lost(cause), whole=amplifier is not None)
-            if amplifier is not None:
+            amplifiers = self._amplifiers(cause) if math.isfinite(self.before) else []
+            yield _Candidate((cause.step.site,), cause, *self._lost(cause), whole=bool(amplifiers))
+            for amplifier in amplifiers:
                 yield _Candidate(self._between(cause, amplifier), amplifier, *self._did(amplifier))
+            if amplifiers:
                 yield _Candidate((cause.step.site,), cause, *self._lost(cause))
         backward = self.scene.verdict.where == "backward"
         born = next((e for e in self.events.values() if e.born and (e.step.backward or not backward)), None)
@@ -134,11 +140,8 @@ class _Search:
             yield _Candidate((steep.step.site,), steep, *self._did(steep))
 
     def proves(self, candidate: _Candidate) -> bool:
-        """Whether what remains with it in FP64 is so little that it was guilty."""
-        after, line = self.without(candidate), self.scene.line
-        if candidate.whole:
-            return after <= line / 2.0
-        return after <= line or (math.isfinite(self.before) and after * FALL <= self.before)
+        """Whether what remains with it in FP64 passes (with ``whole``: by far)."""
+        return self.without(candidate) <= self.scene.line / (2.0 if candidate.whole else 1.0)
 
     def without(self, candidate: _Candidate) -> float:
         """The figure with the candidate's sites alone in FP64."""
@@ -210,16 +213,15 @@ class _Search:
                     return None if event.step.site == cause.step.site else shown
         return None
 
-    def _amplifier(self, cause: Event) -> Event | None:
-        """The first op that amplifies, among those that the cause's result flows into."""
-        inside = {cause.step.number}
+    def _amplifiers(self, cause: Event) -> list[Event]:
+        """The first op that amplifies on each of several lines, among those that the cause's result flows into."""
+        inside, found = {cause.step.number}, dict[Site, Event]()
         for number, event in self.events.items():
-            if number <= cause.step.number or not any(s in inside for s in event.sources):
-                continue
-            inside.add(number)
-            if event.step.site != cause.step.site and self._amplification(event) > self._limit:
-                return event
-        return None
+            if number > cause.step.number and any(s in inside for s in event.sources):
+                inside.add(number)
+                if event.step.site != cause.step.site and self._amplification(event) > self._limit:
+                    found.setdefault(event.step.site, event)
+        return list(found.values())[:AMPLIFIERS]
 
     def _between(self, first: Event, last: Event) -> tuple[Site, ...]:
         """The sites of ``last`` and of all that flows into it, no earlier than ``first``; ``last`` at the end."""
