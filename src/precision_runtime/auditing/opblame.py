@@ -95,7 +95,7 @@ def _search(stage: Stage, verdict: Verdict) -> Blame | None:
     if not tried:
         return None
     best = min(tried, key=search.without) if search.remains <= scene.line else tried[0]
-    return search.named(best, proven=search.without(best) * FALL <= before and search.without(best) < before)
+    return search.named(best, proven=math.isfinite(before) and search.without(best) * FALL <= before)
 
 
 def _again(stage: Stage, verdict: Verdict) -> tuple[Scene, float]:
