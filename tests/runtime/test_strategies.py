@@ -19,6 +19,7 @@ class Spy(nn.Module):
     def __init__(self, answer=None):
         super().__init__()
         self.answer = answer
+        self.unused = nn.Linear(2, 2)  # modes that swap layers refuse a model without any
 
     def forward(self, *args, **kwargs):
         self.args, self.kwargs = args, kwargs
@@ -101,6 +102,10 @@ def test_outputs_follow_the_default_dtype_at_the_time_of_the_call():
 @pytest.mark.parametrize("mode", MODES)
 def test_forward_never_changes_the_default_dtype(mode):
     class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Linear(2, 2)
+
         def forward(self, x):
             self.default = torch.get_default_dtype()
             return torch.arange(0, 300, 1.0)[256:260]
@@ -112,7 +117,7 @@ def test_forward_never_changes_the_default_dtype(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_parameters_have_the_dtype_of_the_mode(mode):
-    model = PrecisionRuntime(mode, "cpu").setup(nn.BatchNorm1d(2))
+    model, _ = PrecisionRuntime(mode, "cpu").setup(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2)))
     strategy = strategy_for(MODES[mode], CPU)
     kept = torch.float32 if MODES[mode].masters else strategy.dtype  # Apex's O2 keeps batch norms
     assert model.weight.dtype is model.running_mean.dtype is kept
