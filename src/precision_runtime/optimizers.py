@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
 
 from precision_runtime.formats import FORMATS
+from precision_runtime.toll import is_readable, pieces
 
 
 class OptimizerWarning(UserWarning):
@@ -37,18 +39,23 @@ class Hazard:
         return f"{self.optimizer}, group {self.group}, {self.setting}={self.value:g} in {self.dtype}: {self.message}"
 
 
-def hazards(optimizer: Optimizer) -> list[Hazard]:
+def _own(parameter: torch.Tensor) -> str:
+    return str(parameter.dtype).removeprefix("torch.")
+
+
+def hazards(optimizer: Optimizer, dtype_of: Callable[[torch.Tensor], str] = _own) -> list[Hazard]:
     """Every setting that half parameters turn into another one. Changes nothing; reads each weight once.
 
-    Only torch's own optimizers keep their state in the parameter's dtype and compute in it; others are not judged.
+    ``dtype_of``: the dtype that counts for a parameter, where it is going to be cast. Only torch's own optimizers keep
+    their state in the parameter's dtype and compute in it; others are not judged.
     """
     if not type(optimizer).__module__.startswith("torch.optim."):
         return []
     return [
         hazard
         for number, group in enumerate(optimizer.param_groups)
-        for dtype in sorted({str(p.dtype).removeprefix("torch.") for p in group["params"]} & {"float16", "bfloat16"})
-        for rule in (_eps, _betas, _steps)
+        for dtype in sorted({dtype_of(p) for p in group["params"]} & {"float16", "bfloat16"})
+        for rule in (_eps, _betas, partial(_steps, dtype_of))
         for hazard in rule(type(optimizer).__name__, number, group, dtype)
     ]
 
@@ -99,22 +106,39 @@ def _betas(name: str, number: int, group: dict[str, Any], dtype: str) -> Iterato
             )  # fmt: skip
 
 
-def _steps(name: str, number: int, group: dict[str, Any], dtype: str) -> Iterator[Hazard]:
-    """Optimizers of Adam's kind move each weight by about the learning rate, whatever the gradient."""
-    if "betas" not in group:
+def _steps(
+    dtype_of: Callable[[torch.Tensor], str], name: str, number: int, group: dict[str, Any], dtype: str
+) -> Iterator[Hazard]:
+    """Updates below half a unit in the last place: of optimizers of Adam's kind, which move each weight by about the
+    learning rate whatever the gradient, and of SGD by the gradients that are there.
+    """
+    weights = [p for p in group["params"] if dtype_of(p) == dtype and is_readable(p) and p.numel()]
+    if "betas" in group:
+        step, what = float(group["lr"]), "a step of this size"
+        updates = [(w, None) for w in weights]
+    elif "nesterov" in group and not group.get("dampening"):
+        step, what = float(group["lr"]), "the present gradient times this"
+        updates = [(w, w.grad) for w in weights if w.grad is not None and is_readable(w.grad)]
+    else:
         return
-    rate = float(group["lr"])
-    weights = [p.detach() for p in group["params"] if str(p.dtype) == f"torch.{dtype}" and p.numel()]
-    still = sum(int(_unmoved(w, rate).sum()) for w in weights)
-    count = sum(w.numel() for w in weights)
+    still = meant = 0
+    with torch.no_grad():
+        for weight, gradient in updates:
+            factors = pieces(weight) if gradient is None else pieces(gradient)
+            for piece, factor in zip(pieces(weight), factors, strict=True):
+                # A weight that is float32 now is judged as the half one that it becomes.
+                half = piece.to(getattr(torch, dtype))
+                moves = (
+                    torch.full_like(factor, step, dtype=torch.float32) if gradient is None else factor.float() * step
+                )
+                unmoved = (half.float() - moves).to(half.dtype) == half
+                if gradient is None:  # the direction is not known
+                    unmoved &= (half.float() + moves).to(half.dtype) == half
+                still += int(torch.count_nonzero(unmoved & (moves != 0)))
+                meant += int(torch.count_nonzero(moves))
     if still:
         yield Hazard(
-            name, number, "lr", rate, 0.0, dtype, "loss",
-            f"a step of this size is below half a unit in the last place of {still / count:.0%} of the weights, which "
-            "do not move. updates='stochastic' or 'kahan' keeps such steps",
+            name, number, "lr", step, 0.0, dtype, "loss",
+            f"{what} is below half a unit in the last place of {still / meant:.0%} of the weights, which do not move. "
+            "updates='stochastic' or 'kahan' keeps such steps",
         )  # fmt: skip
-
-
-def _unmoved(weight: torch.Tensor, step: float) -> torch.Tensor:
-    wide = weight.float()
-    return ((wide + step).to(weight.dtype) == weight) & ((wide - step).to(weight.dtype) == weight)

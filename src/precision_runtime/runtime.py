@@ -30,6 +30,7 @@ from precision_runtime.modes import AUTO, Mode, parse_mode
 from precision_runtime.moving import move
 from precision_runtime.optimizers import warn_of_fatal
 from precision_runtime.options import Options, islands_of, mode_of, names_of, recipe_of, with_dtypes
+from precision_runtime.plan import Plan
 from precision_runtime.scaling import NullScaler, Scaler, scaler_from
 from precision_runtime.scaling.agreement import refuse_flat
 from precision_runtime.strategies import Strategy, strategy_for
@@ -127,19 +128,43 @@ class PrecisionRuntime:
         """Context in which modules are made on the device; when it ends they are in the mode, as after ``setup``."""
         return self.strategy.init_context()
 
+    def plan(self, model: nn.Module, optimizer: Optimizer | None = None, *optimizers: Optimizer) -> Plan:
+        """What ``setup`` would do to ``model`` and its optimizers: what is cast, lost, swapped, kept, and why.
+
+        Changes nothing, makes no copy of the model; on the meta device it says which values are unknown. Raises as
+        ``setup`` does for arguments that are none, islands that match nothing, or a model set up in another mode.
+        """
+        from precision_runtime.planning import plan_for
+
+        given = (*(() if optimizer is None else (optimizer,)), *optimizers)
+        _check_arguments(model, given)
+        lane = self.mode.name, str(self.device)
+        return plan_for(model, given, self.strategy, lane, scaled=self.scaler.enabled, wide=self.updates.wide)
+
     @overload
-    def setup(self, model: M) -> M: ...
+    def setup(self, model: M, *, strict: bool = False, allow: str | Iterable[str] = ()) -> M: ...
     @overload
-    def setup(self, model: M, *optimizers: Optimizer) -> tuple[Any, ...]: ...
-    def setup(self, model: nn.Module, *optimizers: Optimizer) -> Any:
+    def setup(
+        self, model: M, *optimizers: Optimizer, strict: bool = False, allow: str | Iterable[str] = ()
+    ) -> tuple[Any, ...]: ...
+    def setup(
+        self, model: nn.Module, *optimizers: Optimizer, strict: bool = False, allow: str | Iterable[str] = ()
+    ) -> Any:
         """Put ``model`` in the mode, in place, and on the device; return it, or ``(model, *optimizers)``.
 
         It is the same object with the same parameter objects, so tied weights stay tied and optimizers made before
         stay valid; state that they have collected follows its parameters. Only weights that are stored in 4 or 8 bits
         are new objects, frozen, and no longer the optimizers'. Doing it again changes nothing; in another
         mode it raises ``ConfigurationError``, as does anything that is no module or optimizer.
+
+        ``strict`` refuses to lose more than roundings: every lossy row of the plan that no name or glob of ``allow``
+        matches is listed in a ``LossyError``, and nothing has been changed.
         """
         _check_arguments(model, optimizers)
+        if strict:
+            self.plan(model, *optimizers).refuse(allow)
+        elif allow:
+            raise ConfigurationError(f"allow={allow!r} names what strict=True may lose; give strict=True with it")
         forwarding.check(model, self.strategy)
         if self.device.type == "xla":  # a move makes new parameters there, and what follows belongs to those
             move(model, self.device, optimizers)
