@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from precision_runtime import PrecisionRuntime, Report
+from precision_runtime import PrecisionRuntime, Report, environment
 from precision_runtime.auditing import Originals, References
 from precision_runtime.errors import NothingToSwapError
 from pytest_precision.values import Values
@@ -40,7 +40,8 @@ class PrecisionContext(Values):
         self.accelerator = accelerator
         self.budget = budget
         self.gradients = gradients
-        self.runtime = PrecisionRuntime(mode, accelerator=accelerator)
+        with environment.ignored():  # the lane decides
+            self.runtime = PrecisionRuntime(mode, accelerator=accelerator)
         self.mode: str = self.runtime.mode.name  # of "auto": what it became
         super().__init__(self.runtime.device)
         self.dtype: torch.dtype = getattr(torch, self.runtime.mode.params)

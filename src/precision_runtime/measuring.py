@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from precision_runtime.environment import ignored
 from precision_runtime.layers.figures import bits_per_parameter
 from precision_runtime.master import master_of
 from precision_runtime.modes import Mode
@@ -34,7 +35,8 @@ def measure(mode: Mode, accelerator: str, seed: int = 0) -> Measured:
 
     Raises ``UnsupportedError`` with the reason where the machine cannot run the mode.
     """
-    rt = PrecisionRuntime(mode, accelerator)
+    with ignored():
+        rt = PrecisionRuntime(mode, accelerator)
     with torch.random.fork_rng(devices=()), torch.no_grad():
         torch.manual_seed(seed)
         layer, x = nn.Linear(_INPUTS, _OUTPUTS), torch.randn(_ROWS, _INPUTS)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+from precision_runtime.environment import chosen_mode
 from precision_runtime.errors import ConfigurationError, unknown_names
 from precision_runtime.float8.recipes import Recipe, parse_recipe
 from precision_runtime.modes import MODES, Mode, parse_mode
@@ -109,12 +110,17 @@ _DTYPES = ("float16", "bfloat16", "float32")
 
 def mode_of(mode: object, amp_backend: object = None, amp_level: object = None) -> Mode:
     """The mode that the arguments of ``PrecisionRuntime`` name; ``amp_backend`` and ``amp_level`` as the old Trainer
-    took them: ``amp_backend="apex", amp_level="O2"`` is the mode apex-O2. Without a mode it is 32-true.
+    took them: ``amp_backend="apex", amp_level="O2"`` is the mode apex-O2. Without a mode it is the environment's, or
+    32-true.
 
-    Raises ``ConfigurationError`` where they contradict each other.
+    Raises ``ConfigurationError`` where they contradict each other or the environment (``environment``).
     """
+    return chosen_mode(_named(mode, amp_backend, amp_level))
+
+
+def _named(mode: object, amp_backend: object, amp_level: object) -> Mode | None:
     if amp_backend is None and amp_level is None:
-        return parse_mode("32-true" if mode is None else mode)
+        return None if mode is None else parse_mode(mode)
     if amp_backend not in ("apex", "native", None):
         raise unknown_names("amp_backend", [amp_backend], ["apex", "native"])
     if amp_backend == "native" or (amp_backend is None and amp_level is not None):

@@ -19,6 +19,7 @@ from precision_runtime.automatic import placed
 from precision_runtime.capability import support
 from precision_runtime.casting import HALF_TO_SINGLE
 from precision_runtime.closures import step_with_closure
+from precision_runtime.environment import chosen_accelerator
 from precision_runtime.errors import ConfigurationError, PrecisionError, UnsupportedError
 from precision_runtime.gates import Gate
 from precision_runtime.islands import islands_in, keep
@@ -89,6 +90,7 @@ class PrecisionRuntime:
         amp_level: object = None,
     ) -> None:
         asked = mode_of(mode, amp_backend, amp_level)
+        accelerator = chosen_accelerator(accelerator)
         name = name_of(accelerator)
         place = placed(asked, name)
         self.mode: Mode = with_dtypes(place.mode, compute_dtype, weights_dtype)
