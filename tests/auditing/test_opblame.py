@@ -229,6 +229,16 @@ def test_a_proof_that_fails_says_so_and_what_that_means() -> None:
     assert "torch.finfo" in found.proof
 
 
+def test_a_result_that_only_the_dtype_cannot_hold_is_proven_with_the_result_kept_wide() -> None:
+    net = nn.Sequential(nn.Linear(16, 16), nn.Identity())
+    with torch.no_grad():
+        net[0].weight.mul_(1e5)
+    found = audit(net, torch.randn(8, 16), mode="16-true", gradients=False).findings[0]
+    assert (found.module, found.op, found.kind) == ("0", "aten::addmm", "range")
+    assert falls(found) == (math.inf, 0.0)
+    assert audit(net, torch.randn(8, 16), mode="bf16-true", gradients=False).ok  # range was all that it lacked
+
+
 def test_a_recomputed_segment_counts_once() -> None:
     class Recomputed(nn.Module):
         def __init__(self) -> None:

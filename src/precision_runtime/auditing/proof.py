@@ -104,7 +104,7 @@ class Scene:
             run = self.run(observer)
         except Exception:
             return math.inf
-        return self._judged(run)
+        return self._judged(run, observer)
 
     def run(self, observer: Observer | None = None) -> Run:
         """Run the call again, with ``observer`` looking on or interfering; raises what the code raises."""
@@ -157,7 +157,12 @@ class Scene:
 
     # -- the judgement ----------------------------------------------------------------------------------------------
 
-    def _judged(self, run: Run) -> float:
+    def _judged(self, run: Run, observer: Observer | None) -> float:
+        def value(t: torch.Tensor) -> torch.Tensor:
+            """A result as wide as it was made: in FP64 it may fit where the mode's own dtype cannot hold it."""
+            shadow = observer.shadows.get(t) if observer is not None else None
+            return t if shadow is None else shadow
+
         truth = self._truth()
         if truth is None:
             return math.inf
@@ -167,14 +172,15 @@ class Scene:
         u = yardstick.own_u(call, where)
         sheet = Sheet()
         if where == "forward":
-            sheet.add_outputs(run.outputs, true.outputs, u, yardstick.step)
+            sheet.add_outputs([(path, value(t)) for path, t in run.outputs], true.outputs, u, yardstick.step)
         else:
             for path, grad in run.input_grads.items():
                 sheet.add_gradient(
-                    input_name(path), grad, true.input_grads.get(path), u, yardstick.step, stage.low.scale
+                    input_name(path), value(grad), true.input_grads.get(path), u, yardstick.step, stage.low.scale
                 )
             for key, name in self._owned().items():
                 low = run.parameter_grads.get(key)
+                low = None if low is None else value(low)
                 sheet.add_gradient(name, low, gradients.get(key), u, yardstick.step, stage.low.scale)
         wanted = {(where, j.tensor) for j in self.verdict.judgements if self.steep or j.score > yardstick.limit}
         sheet = sheet.only(wanted & set(sheet.pairs))
