@@ -230,9 +230,10 @@ def test_a_proof_that_fails_says_so_and_what_that_means() -> None:
 
 
 def test_a_result_that_only_the_dtype_cannot_hold_is_proven_with_the_result_kept_wide() -> None:
-    net = nn.Sequential(nn.Linear(16, 16), nn.Identity())
+    linear = nn.Linear(16, 16)
     with torch.no_grad():
-        net[0].weight.mul_(1e5)
+        linear.weight.mul_(1e5)
+    net = nn.Sequential(linear, nn.Identity())
     found = audit(net, torch.randn(8, 16), mode="16-true", gradients=False).findings[0]
     assert (found.module, found.op, found.kind) == ("0", "aten::addmm", "range")
     assert falls(found) == (math.inf, 0.0)
