@@ -115,30 +115,53 @@ def _steps(
     weights = [p for p in group["params"] if dtype_of(p) == dtype and is_readable(p) and p.numel()]
     if "betas" in group:
         step, what = float(group["lr"]), "a step of this size"
-        updates = [(w, None) for w in weights]
     elif "nesterov" in group and not group.get("dampening"):
         step, what = float(group["lr"]), "the present gradient times this"
-        updates = [(w, w.grad) for w in weights if w.grad is not None and is_readable(w.grad)]
+        gradients = [(w, w.grad) for w in weights if w.grad is not None and is_readable(w.grad)]
     else:
         return
-    still = meant = 0
+    half = getattr(torch, dtype)
     with torch.no_grad():
-        for weight, gradient in updates:
-            factors = pieces(weight) if gradient is None else pieces(gradient)
-            for piece, factor in zip(pieces(weight), factors, strict=True):
-                # A weight that is float32 now is judged as the half one that it becomes.
-                half = piece.to(getattr(torch, dtype))
-                moves = (
-                    torch.full_like(factor, step, dtype=torch.float32) if gradient is None else factor.float() * step
-                )
-                unmoved = (half.float() - moves).to(half.dtype) == half
-                if gradient is None:  # the direction is not known
-                    unmoved &= (half.float() + moves).to(half.dtype) == half
-                still += int(torch.count_nonzero(unmoved & (moves != 0)))
-                meant += int(torch.count_nonzero(moves))
+        if "betas" in group:
+            still, meant = _still(weights, step, half), sum(w.numel() for w in weights)
+        else:
+            still, meant = _still_under(gradients, step, half)
     if still:
         yield Hazard(
             name, number, "lr", step, 0.0, dtype, "loss",
             f"{what} is below half a unit in the last place of {still / meant:.0%} of the weights, which do not move. "
             "updates='stochastic' or 'kahan' keeps such steps",
         )  # fmt: skip
+
+
+def _still(weights: list[torch.Tensor], step: float, half: torch.dtype) -> int:
+    """How many weights, once they are ``half``, a step moves neither up nor down."""
+    # All magnitudes of a half format, ascending: nearly always a step is lost from one of them on.
+    values = torch.arange(1 << 15, dtype=torch.int16).view(half)
+    values = values[values < torch.inf]
+    lost = (_moved(values, step) == values) & (_moved(values, -step) == values)
+    if not step or not lost.any():
+        return 0
+    still, least = 0, float(values[lost][0])
+    throughout = bool(lost[values >= least].all())
+    for piece in (p.to(half) for w in weights for p in pieces(w)):
+        if throughout:
+            still += int(torch.count_nonzero(piece.abs() >= least))
+        else:  # a step of just half a unit moves every other weight
+            still += int(torch.count_nonzero((_moved(piece, step) == piece) & (_moved(piece, -step) == piece)))
+    return still
+
+
+def _still_under(gradients: list[tuple[torch.Tensor, torch.Tensor]], step: float, half: torch.dtype) -> tuple[int, int]:
+    """How many weights ``step`` times their gradient does not move, and how many it is meant to move."""
+    still = meant = 0
+    for weight, gradient in gradients:
+        for piece, slope in zip(pieces(weight), pieces(gradient), strict=True):
+            narrow, moves = piece.to(half), slope.float() * step
+            still += int(torch.count_nonzero(((narrow.float() - moves).to(half) == narrow) & (moves != 0)))
+            meant += int(torch.count_nonzero(moves))
+    return still, meant
+
+
+def _moved(weight: torch.Tensor, step: float) -> torch.Tensor:
+    return (weight.float() + step).to(weight.dtype)

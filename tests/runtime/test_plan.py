@@ -350,6 +350,20 @@ def test_updates_below_an_ulp_are_counted_as_a_step_loses_them(mode, gradients):
     assert f"{still / total:.0%} of the weights" in row.risks[0]
 
 
+@pytest.mark.parametrize("rate", [1e-3, 1e-8, 2.0**-10, 2.0**-9, 2.0**-20, 3.0, 1e5, 0.0])
+@pytest.mark.parametrize("mode", HALF)
+def test_steps_of_every_size_are_counted(mode, rate):
+    torch.manual_seed(0)
+    model = nn.Linear(300, 300, bias=False)
+    with torch.no_grad():
+        model.weight.mul_(torch.logspace(-6, 4, 300))
+        model.weight[0, :5] = torch.tensor([1.0, 0.5, -0.25, 0.0, 2.0])
+    w = model.weight.detach().to(HALF[mode]).double()
+    still = int((((w + rate).to(HALF[mode]) == w) & ((w - rate).to(HALF[mode]) == w)).sum()) if rate else 0
+    rows = [r for r in plan(mode, model, adam(model, lr=rate)).rows if r.name == "Adam.0.lr"]
+    assert [f"{still / w.numel():.0%} of the weights" in r.risks[0] for r in rows] == ([True] if still else [])
+
+
 def test_what_to_know_of_optimizers_under_a_scaler():
     model = net()
     fused = adam(model, fused=True)
