@@ -24,8 +24,8 @@ HOME = ROOT / ".venv"
 BIN = HOME / ("Scripts" if os.name == "nt" else "bin")
 STAMP = HOME / "made-from"
 
-MATRIX = ("pytest", "--precision-matrix", "examples/real_models")
-TEST = ("pytest",)
+MATRIX = ("pytest", "--precision-matrix", "examples/real_models", "-n", "auto")
+TEST = ("pytest", "-n", "auto")
 LINT = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
 
 
@@ -72,7 +72,9 @@ def run(program: str, *arguments: str) -> int:
     print("$", program, *arguments, flush=True)
     path = os.pathsep.join([str(BIN), os.environ.get("PATH", os.defpath)])
     found = shutil.which(program, path=path) or program
-    return subprocess.run([found, *arguments], cwd=ROOT, env={**os.environ, "PATH": path}, check=False).returncode
+    # One process for each core, so one thread in each; what the user has set counts more.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PATH": path}
+    return subprocess.run([found, *arguments], cwd=ROOT, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":
