@@ -34,6 +34,7 @@ from precision_runtime.options import Options, islands_of, mode_of, names_of, re
 from precision_runtime.plan import Plan
 from precision_runtime.scaling import NullScaler, Scaler, scaler_from
 from precision_runtime.scaling.agreement import refuse_flat
+from precision_runtime.sentinel import answer_of, watch
 from precision_runtime.strategies import Strategy, strategy_for
 from precision_runtime.updates import Updates, updates_from
 
@@ -65,6 +66,8 @@ class PrecisionRuntime:
     ``updates``: how half weights take small updates, "nearest" as torch does it, "stochastic" or "kahan" (``updates``).
     ``islands``: parts that stay wide in every mode, by exact names or globs of modules, parameters or buffers, as in
     ``{"*.rope": "32", "loss": "64"}``; names alone mean "32", and "auto" protects tables that a cast would harm.
+    ``inputs``: "warn" or "raise" names each input that overflows or flushes to 0 when forward casts it (``sentinel``);
+    "keep" does not look, and costs nothing.
     ``amp_backend="apex", amp_level="O2"`` is the mode apex-O2. Attributes: ``mode``, ``device``, ``strategy``,
     ``scaler``, ``support``.
 
@@ -86,6 +89,7 @@ class PrecisionRuntime:
         recipe: object = None,
         updates: object = None,
         islands: object = (),
+        inputs: str = "keep",
         amp_backend: object = None,
         amp_level: object = None,
     ) -> None:
@@ -118,6 +122,7 @@ class PrecisionRuntime:
         self.masters = Masters() if self.mode.masters else NoMasters()
         self._models: list[weakref.ref[nn.Module]] = []
         self.updates: Updates = updates_from(updates, self.mode)
+        self.inputs = answer_of(inputs)
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._recorded: tuple[tuple[Entry, ...] | None, tuple[str, ...]] = None, ()
         self._meter: LostUpdates | None = None
@@ -183,6 +188,7 @@ class PrecisionRuntime:
             _follow_parameters(optimizer, self.updates.wide)
             self._meet(optimizer)
         forwarding.install(model, self.strategy)
+        watch(model, self.strategy, self.inputs)
         if all(ref() is not model for ref in self._models):
             self._models.append(weakref.ref(model))
         return (model, *optimizers) if optimizers else model
