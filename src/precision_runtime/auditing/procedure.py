@@ -72,6 +72,7 @@ def audit(
     name: str | None = None,
     islands: object = (),
     repair: bool = False,
+    options: Options | None = None,
 ) -> Report:
     """Run ``function`` in ``mode`` and in FP64, and judge what the precision cost. There is no tolerance to choose.
 
@@ -81,8 +82,10 @@ def audit(
     number of bits that may be lost beyond what the mode must lose. Same seed, same verdict.
 
     ``originals`` are values from before a cast that has already happened; ``references`` share FP64 runs between modes.
-    ``islands`` are parts kept wide, as ``PrecisionRuntime`` takes them. ``repair`` looks, where the mode fails, for the
-    smallest set of modules to keep in FP32 so that it holds (``report.repair``); each proposal costs an audit.
+    ``islands`` are parts kept wide, as ``PrecisionRuntime`` takes them; ``options`` is the rest of what a runtime was
+    given (``runtime.strategy.options``), and has the islands where none are named here. ``repair`` looks, where the
+    mode fails, for the smallest set of modules to keep in FP32 so that it holds (``report.repair``); each proposal
+    costs an audit.
 
     Raises ``UnsupportedError`` where this machine cannot run the mode, ``AuditError`` where the code runs in float32
     but has no FP64 reference, and whatever the code itself raises when it does not even run in float32.
@@ -95,17 +98,18 @@ def audit(
     if not budget >= 0:
         raise ConfigurationError(f"budget={budget!r} is not allowed: the bits that may be lost are a number from 0 up")
     parsed = parse_mode(mode, "audit(mode=...)")
-    lane = support(parsed, accelerator)
+    options = options or Options()
+    lane = support(parsed, accelerator, options.recipe)
     if not lane.ok:
         raise UnsupportedError(f"{parsed} on {lane.accelerator} cannot be audited here: {lane.reason}")
     place, device = placed(parsed, lane.accelerator), resolve(lane.accelerator)
     parsed = place.mode
-    pairs, automatic = islands_of(islands)
+    pairs, automatic = islands_of(islands) if islands else (options.islands, options.auto_islands)
     originals, references = originals or Originals(), references or References(1)
 
     def judge(kept: Sequence[str] = (), explain: bool = True) -> Report:
         wide = tuple(sorted({**dict(pairs), **dict.fromkeys(kept, "float32")}.items()))
-        strategy = strategy_for(parsed, device, Options(islands=wide, auto_islands=automatic))
+        strategy = strategy_for(parsed, device, replace(options, islands=wide, auto_islands=automatic))
         with seeded(seed, device):
             trial = _Trial(
                 function, args, dict(kwargs or {}), parsed, strategy, lane.status, lane.accelerator,
