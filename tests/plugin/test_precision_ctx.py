@@ -1,3 +1,5 @@
+from precision_runtime.modes import MODES
+
 """The fixture ``precision_ctx``."""
 
 from __future__ import annotations
@@ -80,12 +82,12 @@ def test_lane(model, precision_ctx):
     assert x.dtype == torch.float32 and not torch.equal(x[:3], torch.randn(3))
 
 def test_after():
-    assert len(SEEN) == 6
+    assert len(SEEN) == MODES
     python, cpu, array = BEFORE[0]
     assert random.getstate() == python and torch.equal(torch.get_rng_state(), cpu)
     assert (numpy.random.get_state()[1] == array).all()
-"""
-    ).assert_outcomes(passed=7)
+""".replace("MODES", str(len(MODES)))
+    ).assert_outcomes(passed=len(MODES) + 1)
 
 
 def test_what_user_code_leaves_switched_is_switched_back(run):
@@ -235,3 +237,47 @@ def test_it(precision_ctx): precision_ctx.check(broken, precision_ctx.randn(2))
     )
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*1 test x 1 lane: 1 fail*", "*KeyError*user*"], consecutive=False)
+
+
+def test_the_verbs_that_look_and_watch_are_the_runtimes(run):
+    run(
+        """
+@pytest.mark.precision("16-mixed", "bf16-true")
+def test_it(precision_ctx):
+    ctx = precision_ctx
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    assert str(ctx.plan(model, optimizer)) == str(ctx.runtime.plan(model, optimizer))
+    assert model.weight.dtype == torch.float32
+    ctx.setup(model, optimizer)
+    scheduler = ctx.gate(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
+    x = ctx.randn(4, 8, requires_grad=True)
+    with ctx.ledger() as ledger, ctx.lost_updates() as lost:
+        loss = model(x).square().sum()
+        (penalty,) = ctx.gradients(loss, [x])
+        twin = torch.autograd.grad(model(x).square().sum(), x)[0]
+        torch.testing.assert_close(penalty, twin, rtol=0.02, atol=0.02)
+        ctx.backward(loss + penalty.square().sum())
+        assert ctx.step(optimizer, None).skipped is False
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 5e-7
+    assert ctx.verify(0.5) == ledger.verify(0.5) > 0.5
+    assert "weight" in str(lost)
+"""
+    ).assert_outcomes(passed=2)
+
+
+def test_a_strict_set_up_refuses_what_nobody_allowed(run):
+    run(
+        """
+from precision_runtime.errors import PrecisionError
+
+@pytest.mark.precision("16-true")
+def test_it(precision_ctx):
+    model = nn.Linear(2, 2)
+    model.register_buffer("table", torch.full((3,), 1e6))
+    with pytest.raises(PrecisionError, match="table"):
+        precision_ctx.setup(model, strict=True)
+    assert precision_ctx.setup(model, strict=True, allow="table") is model
+"""
+    ).assert_outcomes(passed=1)

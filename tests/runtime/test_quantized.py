@@ -302,7 +302,9 @@ def test_eight_bit_optimizers_train_with_32_bits_for_the_embedding(mode, name, m
     model = nn.Sequential(nn.Embedding(80, 64), nn.LayerNorm(64), nn.Linear(64, 64), nn.Conv1d(6, 16, 64), nn.Flatten())
     rt = PrecisionRuntime(mode, "cpu")
     manager = bnb.optim.GlobalOptimManager.get_instance()
-    monkeypatch.setattr(manager, "module_weight_config_triple", [])  # the process's, otherwise
+    # The process's, otherwise; and it knows parameters by id(), which a later test's parameter may have.
+    monkeypatch.setattr(manager, "module_weight_config_triple", [])
+    monkeypatch.setattr(manager, "pid2config", {})
     rt.setup(model)
     manager.register_module_override(model[0], "weight", {"optim_bits": 32})
     options = {"SGD8bit": {"lr": 0.01, "momentum": 0.9}, "Lion8bit": {"lr": 1e-3}}.get(name, {"lr": 0.01})
