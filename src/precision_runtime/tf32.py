@@ -168,7 +168,7 @@ def is_emulating() -> bool:
 
 
 def switches(device_type: str) -> tuple[Any, ...]:
-    """The objects of torch with an attribute ``fp32_precision`` for this kind of device; none where it has no switch."""
+    """The objects of torch that have an ``fp32_precision`` for this kind of device; none where there is no switch."""
     backends: Any = torch.backends
     names = {
         "cuda": ((backends.cuda, "matmul"), (backends.cudnn, "conv"), (backends.cudnn, "rnn")),

@@ -1,8 +1,8 @@
-from precision_runtime.modes import MODES
-
 """The fixture ``precision_ctx``."""
 
 from __future__ import annotations
+
+from precision_runtime.modes import MODES
 
 NETS = """
 class BadNorm(nn.Module):
