@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +16,10 @@ from precision_runtime.accelerators import resolve
 from precision_runtime.auditing.blame import findings_of
 from precision_runtime.auditing.calls import moved_weights
 from precision_runtime.auditing.discover import find_modules, name_of
-from precision_runtime.auditing.dispatch import LowWatch, Trace, TrueDouble, plain_double
+from precision_runtime.auditing.dispatch import LowWatch, TrueDouble, plain_double
 from precision_runtime.auditing.failing import error_finding, user_line
 from precision_runtime.auditing.judge import Judge
+from precision_runtime.auditing.lane import lane
 from precision_runtime.auditing.masking import Masking
 from precision_runtime.auditing.noise import Exact, Noise
 from precision_runtime.auditing.opblame import blame_op
@@ -271,14 +272,8 @@ class _Trial:
                 forward_context=self._lane, backward_context=self.strategy.backward,
             )  # fmt: skip
 
-    @contextmanager
-    def _lane(self) -> Iterator[None]:
-        with self.strategy.autocast():
-            device = self.strategy.device.type
-            if self.mode.autocast and not torch.is_autocast_enabled(device):
-                raise AuditError(f"autocast takes no effect on {device}: torch switched it off silently")
-            self._watch.frames[0] = Trace()  # casting and copying the inputs is no part of the code
-            yield
+    def _lane(self) -> AbstractContextManager[None]:
+        return lane(self.strategy, self._watch)
 
     def _true(self, worlds: Worlds, noise: Noise | None = None) -> tuple[Run, TrueDouble]:
         moved = moved_weights(self._calls) if noise else {}

@@ -14,6 +14,7 @@ from torch import nn
 
 from precision_runtime.auditing.dispatch import LowWatch, TrueDouble
 from precision_runtime.auditing.judge import AMPLIFICATION, Judge
+from precision_runtime.auditing.lane import lane
 from precision_runtime.auditing.observer import Observer
 from precision_runtime.auditing.randomness import reseed
 from precision_runtime.auditing.recorder import Call, Recorder
@@ -57,8 +58,8 @@ class Stage:
         watch = self.watch()
 
         @contextmanager
-        def lane() -> Iterator[None]:
-            with self.strategy.autocast() if autocast else ExitStack():
+        def forward() -> Iterator[None]:
+            with lane(self.strategy, watch) if autocast else ExitStack():
                 if observer is not None:
                     observer.begin(watch.frames, self.double())
                 yield
@@ -71,7 +72,7 @@ class Stage:
             stack.enter_context(watch)
             if observer is not None:
                 stack.enter_context(observer)
-            yield watch, lane
+            yield watch, forward
 
 
 @dataclass
@@ -114,7 +115,7 @@ class Scene:
 
     def _whole(self, observer: Observer | None) -> Run:
         stage = self.stage
-        with stage.run(observer, True) as (watch, lane):
+        with stage.run(observer, True) as (watch, forward):
             reseed(stage.seed)
             args, kwargs = cast_tree(clone((stage.args, stage.kwargs)), TO[getattr(torch, stage.mode.params)])
             if observer is not None:
@@ -123,12 +124,13 @@ class Scene:
             return execute(
                 stage.function, args, kwargs, recorder,
                 cotangent=loss_gradient(stage.seed) if self._backward else None,
-                parameters=stage.parameters, scales=(stage.low.scale,), forward_context=lane,
+                parameters=stage.parameters, scales=(stage.low.scale,),
+                forward_context=forward, backward_context=stage.strategy.backward,
             )  # fmt: skip
 
     def _call(self, call: Call, observer: Observer | None) -> Run:
         stage = self.stage
-        with stage.run(observer, self.autocast) as (watch, lane):
+        with stage.run(observer, self.autocast) as (watch, forward):
             for (key, name), value in call.state.items():
                 module = next(m for m in call.module.modules() if id(m) == key)
                 (module._buffers if name in module._buffers else vars(module))[name] = clone(value)
@@ -148,7 +150,8 @@ class Scene:
             return execute(
                 call.module, args, kwargs, recorder,
                 cotangent=incoming if self._backward else None,
-                parameters=call.module.parameters(), forward_context=lane,
+                parameters=call.module.parameters(),
+                forward_context=forward, backward_context=stage.strategy.backward,
             )  # fmt: skip
 
     @property
