@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +13,23 @@ from torch import nn
 from precision_runtime import PrecisionRuntime, Report, environment
 from precision_runtime.auditing import Originals, References
 from precision_runtime.errors import NothingToSwapError
+from precision_runtime.modes import MODES
+from precision_runtime.options import with_dtypes
 from pytest_precision.values import Values
 
 if TYPE_CHECKING:
-    from precision_runtime import StepResult
+    from precision_runtime import Ledger, StepResult
+    from precision_runtime.gates import Gate
+    from precision_runtime.lost import LostUpdates
+    from precision_runtime.plan import Plan
+    from pytest_precision.pristine import Picture
 
 
 class PrecisionContext(Values):
     """One test in one lane: inputs with the same values in every mode, the runtime's verbs, and the judgement.
 
     ``mode`` and ``accelerator`` are names; ``device`` is where everything is; ``dtype`` is what parameters and inputs
-    are kept in; ``runtime`` is the ``PrecisionRuntime``.
+    are kept in; ``runtime`` is the ``PrecisionRuntime``. ``budget`` and ``judges_gradients`` are what checks go by.
     """
 
     def __init__(
@@ -35,14 +41,20 @@ class PrecisionContext(Values):
         references: Callable[[int], References] = lambda number: References(),
         record: Callable[[Report], None] = lambda report: None,
         asked: bool = True,
+        runtime: Mapping[str, Any] | None = None,
+        bisect: bool = False,
     ) -> None:
+        self._bisect = bisect
+        self._before: dict[int, Picture] = {}
         self._asked = asked  # whether the test names this mode; a mode that only the matrix tries may not apply
         self.accelerator = accelerator
         self.budget = budget
-        self.gradients = gradients
+        self.judges_gradients = gradients
         with environment.ignored():  # the lane decides
-            self.runtime = PrecisionRuntime(mode, accelerator=accelerator)
+            self.runtime = PrecisionRuntime(mode, accelerator=accelerator, **(runtime or {}))
         self.mode: str = self.runtime.mode.name  # of "auto": what it became
+        chosen = {key: (runtime or {}).get(key) for key in ("compute_dtype", "weights_dtype")}
+        self._judged = with_dtypes(MODES[self.mode], **chosen)
         super().__init__(self.runtime.device)
         self.dtype: torch.dtype = getattr(torch, self.runtime.mode.params)
         self._originals = Originals()
@@ -69,19 +81,22 @@ class PrecisionContext(Values):
         from precision_runtime.auditing import audit
 
         self._checks += 1
+        asked: dict[str, Any] = {
+            "mode": self._judged,
+            "accelerator": self.accelerator,
+            "kwargs": None if kwargs is None else dict(kwargs),
+            "gradients": self.judges_gradients if gradients is None else gradients,
+            "budget": self.budget if budget is None else budget,
+            "references": self._references(self._checks),
+            "name": name,
+            "options": self.runtime.strategy.options,
+        }
         with self._applicable():
-            report = audit(
-                f,
-                *args,
-                mode=self.mode,
-                accelerator=self.accelerator,
-                kwargs=None if kwargs is None else dict(kwargs),
-                gradients=self.gradients if gradients is None else gradients,
-                budget=self.budget if budget is None else budget,
-                originals=self._originals,
-                references=self._references(self._checks),
-                name=name,
-            )
+            report = audit(f, *args, originals=self._originals, **asked)
+        if self._bisect and not report.ok:
+            from pytest_precision.bisect import repaired
+
+            report = repaired(report, f, args, asked, self._before, self._originals)
         return self._judge(report)
 
     def compare(self, actual: Any, reference: Any, budget: float | None = None) -> Report:
@@ -94,14 +109,18 @@ class PrecisionContext(Values):
 
         return self._judge(compare(actual, reference, mode=self.mode, budget=self.budget if budget is None else budget))
 
-    def setup(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> Any:
+    def setup(self, model: nn.Module, *optimizers: torch.optim.Optimizer, **strictness: Any) -> Any:
         """Put the model in the mode, as ``PrecisionRuntime.setup`` does; the audit keeps its values from before.
 
-        Returns the same model, or the model and its optimizers.
+        ``strictness``: ``strict`` and ``allow``. Returns the same model, or the model and its optimizers.
         """
         self._originals.remember(model)
+        if self._bisect and id(model) not in self._before:
+            from pytest_precision.pristine import Picture
+
+            self._before[id(model)] = Picture(model)
         with self._applicable():
-            result = self.runtime.setup(model, *optimizers)
+            result = self.runtime.setup(model, *optimizers, **strictness)
         self._originals.settle(model)
         return result
 
@@ -113,17 +132,45 @@ class PrecisionContext(Values):
         """The mode's autocast, for what runs outside a model's forward; null in the other modes."""
         return self.runtime.autocast()
 
-    def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """``loss.backward()``, scaled where the mode scales."""
-        self.runtime.backward(loss, **kwargs)
+        self.runtime.backward(loss, *args, **kwargs)
 
     def clip_gradients(self, optimizer: torch.optim.Optimizer, **limits: Any) -> Any:
         """Clip by norm or value, unscaled first."""
         return self.runtime.clip_gradients(optimizer, **limits)
 
-    def step(self, optimizer: torch.optim.Optimizer, **kwargs: Any) -> StepResult:
+    def step(
+        self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any
+    ) -> StepResult:
         """Step the optimizer, unless the scaler skips it; the result says so."""
-        return self.runtime.step(optimizer, **kwargs)
+        return self.runtime.step(optimizer, closure, **kwargs)
+
+    def gate(self, scheduler: Any) -> Gate:
+        """``scheduler``, whose steps do nothing where the optimizer's step was skipped."""
+        return self.runtime.gate(scheduler)
+
+    def gradients(
+        self, outputs: torch.Tensor, inputs: Sequence[torch.Tensor], **kwargs: Any
+    ) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of ``outputs`` with respect to ``inputs``, to compute a penalty from; scaled on the way."""
+        return self.runtime.gradients(outputs, inputs, **kwargs)
+
+    def lost_updates(self) -> LostUpdates:
+        """Context that counts, for each parameter, the updates that rounding lost in the steps inside."""
+        return self.runtime.lost_updates()
+
+    def plan(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> Plan:
+        """What ``setup`` would cast, lose, swap and keep, and why; changes nothing."""
+        return self.runtime.plan(model, *optimizers)
+
+    def ledger(self, *models: nn.Module) -> Ledger:
+        """Context that records in which dtype each product, convolution and reduction inside really ran."""
+        return self.runtime.ledger(*models)
+
+    def verify(self, low_precision: float = 0.9) -> float:
+        """The share of the recorded work that ran in low precision; raises ``PrecisionError`` where it is less."""
+        return self.runtime.verify(low_precision)
 
     def state_dict(self) -> dict[str, Any]:
         """The runtime's state (the loss scaler)."""

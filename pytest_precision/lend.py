@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 def lend(request: pytest.FixtureRequest) -> Iterator[PrecisionContext]:
     """The body of the fixture ``precision_ctx``."""
     from precision_runtime import support
+    from precision_runtime.errors import PrecisionError, UnsupportedError
 
     item = request.node
     lane = _lane(request)
@@ -43,19 +44,27 @@ def lend(request: pytest.FixtureRequest) -> Iterator[PrecisionContext]:
     marked = parse_mark(item.get_closest_marker("precision"), problems)
     if problems:  # only where a user's own parametrisation kept the marker from being read at collection
         pytest.fail(problems.text(), pytrace=False)
-    references, case = references_of(item.config), outcome.case
+    settings, references, case = settings_of(item.config), references_of(item.config), outcome.case
     with ExitStack() as stack:
         stack.callback(_note, item, outcome)
         stack.enter_context(isolated())
-        context = PrecisionContext(
-            lane.mode,
-            answer.accelerator,
-            budget=settings_of(item.config).budget if marked.budget is None else float(marked.budget),
-            gradients=marked.gradients is not False,
-            asked=lane.asked,
-            references=lambda number: references.at(case, number),
-            record=lambda report: outcome.checks.append(report.to_dict()),
-        )
+        try:
+            context = PrecisionContext(
+                lane.mode,
+                answer.accelerator,
+                budget=settings.budget if marked.budget is None else float(marked.budget),
+                gradients=marked.gradients is not False,
+                asked=lane.asked,
+                references=lambda number: references.at(case, number),
+                record=lambda report: outcome.checks.append(report.to_dict()),
+                runtime=marked.runtime.of(lane.mode),
+                bisect=settings.bisect,
+            )
+        except UnsupportedError as error:  # a recipe, perhaps, that this machine does not run
+            outcome.status = "unsupported"
+            pytest.skip(f"{lane.mode} on {answer.accelerator}: {error}")
+        except PrecisionError as error:
+            pytest.fail(f"the marker precision, runtime: {error}", pytrace=False)
         if lane.ambient:
             stack.enter_context(context.ambient())
         yield context

@@ -10,10 +10,11 @@ import pytest
 
 from precision_runtime.errors import did_you_mean
 from precision_runtime.modes import MODES
+from pytest_precision.choices import Choices, parse_choices
 from pytest_precision.lanes import mode_names, parse_accelerators
 from pytest_precision.problems import Problems
 
-KEYWORDS = ("accelerators", "budget", "gradients", "xfail", "reference")
+KEYWORDS = ("accelerators", "budget", "gradients", "xfail", "reference", "runtime")
 WHERE = "the marker precision"
 
 
@@ -26,6 +27,7 @@ class Marked:
     budget: float | None = None
     gradients: bool | None = None
     xfail: Mapping[str, str] = field(default_factory=dict)
+    runtime: Choices = field(default_factory=Choices)
 
 
 def parse_mark(mark: pytest.Mark | None, problems: Problems) -> Marked:
@@ -59,6 +61,7 @@ def parse_mark(mark: pytest.Mark | None, problems: Problems) -> Marked:
         budget=budget,
         gradients=gradients,
         xfail=_xfail(given.get("xfail"), modes, problems),
+        runtime=parse_choices(given.get("runtime"), modes, f"{WHERE}, runtime", problems),
     )
 
 

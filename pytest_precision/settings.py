@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from pytest_precision.problems import Problems
 
 MARKERS = (
-    "precision(*modes, accelerators=None, budget=None, gradients=None, xfail={mode: reason}, reference='64-true'): "
+    "precision(*modes, accelerators=None, budget=None, gradients=None, xfail={mode: reason}, reference='64-true', "
+    "runtime={...}): "
     "run the test once in each precision mode (names or groups such as '16-mixed', 'half', 'all'); with the fixture "
     "precision_ctx, or else inside the mode's autocast and default dtype. budget: bits that may be lost beyond what "
-    "the mode must lose; xfail: modes that are known to fail, with the reason.",
+    "the mode must lose; xfail: modes that are known to fail, with the reason; runtime: what else PrecisionRuntime "
+    "is given, such as {'islands': 'auto', 'nf4': {'compute_dtype': 'float16'}}.",
     "precision_case(mode=, accelerator=): put by pytest-precision on each lane of a test; select with "
     "-m \"precision_case(mode='16-mixed')\".",
 )
@@ -37,6 +39,7 @@ class Settings:
     accelerators: tuple[str, ...]
     budget: float
     collect_only: bool
+    bisect: bool = False
 
 
 SETTINGS = pytest.StashKey[Settings]()
@@ -62,6 +65,12 @@ def add_options(parser: pytest.Parser) -> None:
         metavar="LANES",
         default=None,
         help="fail the session unless at least one test really ran in each of these lanes",
+    )
+    group.addoption(
+        "--precision-bisect",
+        action="store_true",
+        default=None,
+        help="where a check fails, look for the smallest set of modules to keep in FP32 so that it holds",
     )
     parser.addini("precision_modes", "modes of tests that name none (default: mixed)", "args", DEFAULT_MODES)
     parser.addini("precision_accelerators", "accelerators of --precision-matrix (default: all here)", "args", [])
@@ -119,6 +128,7 @@ def _parse(config: pytest.Config) -> Settings:
         ),
         budget=_budget(config, problems),
         collect_only=bool(config.getoption("collectonly")),
+        bisect=bool(config.getoption("precision_bisect")),
     )
     if problems:
         raise pytest.UsageError(problems.text())

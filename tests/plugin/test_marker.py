@@ -159,13 +159,13 @@ def test_budget_and_gradients_of_the_marker_are_those_of_check(run):
         """
 @pytest.mark.precision("32-true", budget=5, gradients=False)
 def test_it(precision_ctx):
-    assert precision_ctx.budget == 5 and precision_ctx.gradients is False
+    assert precision_ctx.budget == 5 and precision_ctx.judges_gradients is False
     assert precision_ctx.check(torch.sin, precision_ctx.randn(8)).budget == 5
     assert precision_ctx.check(torch.sin, precision_ctx.randn(8), budget=0.5).budget == 0.5
 
 @pytest.mark.precision("32-true")
 def test_ini(precision_ctx):
-    assert precision_ctx.budget == 2.5 and precision_ctx.gradients is True
+    assert precision_ctx.budget == 2.5 and precision_ctx.judges_gradients is True
 """,
         ini="precision_budget = 2.5",
     ).assert_outcomes(passed=2)
