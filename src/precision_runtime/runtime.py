@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from precision_runtime.accelerators import name_of, resolve
 from precision_runtime.automatic import placed
 from precision_runtime.capability import support
 from precision_runtime.casting import HALF_TO_SINGLE
+from precision_runtime.checkpoints.description import KEYS, describe, refuse_other
 from precision_runtime.closures import step_with_closure
 from precision_runtime.environment import chosen_accelerator
 from precision_runtime.errors import ConfigurationError, PrecisionError, UnsupportedError
@@ -37,6 +39,10 @@ from precision_runtime.scaling.agreement import refuse_flat
 from precision_runtime.sentinel import answer_of, watch
 from precision_runtime.strategies import Strategy, strategy_for
 from precision_runtime.updates import Updates, updates_from
+
+if TYPE_CHECKING:
+    from precision_runtime.checkpoints.changes import Changes
+    from precision_runtime.checkpoints.probe import Probe
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -126,6 +132,7 @@ class PrecisionRuntime:
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._recorded: tuple[tuple[Entry, ...] | None, tuple[str, ...]] = None, ()
         self._meter: LostUpdates | None = None
+        self._probe: Probe | None = None
 
     def __repr__(self) -> str:
         chosen = f" chosen by {self.support.mode}" if self.support.mode != self.mode.name else ""
@@ -343,15 +350,68 @@ class PrecisionRuntime:
     def _alive(self) -> tuple[nn.Module, ...]:
         return tuple(m for m in (ref() for ref in self._models) if m is not None)
 
+    def probe(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Have checkpoints carry the outputs of ``model(*args, **kwargs)``, to be checked where they are loaded.
+
+        The outputs are those of the weights at the time of saving, in ``eval()`` and without gradients. Raises whatever
+        the model raises, and ``ConfigurationError`` where it returns no tensor.
+        """
+        from precision_runtime.checkpoints.probe import Probe
+
+        probe = Probe(model, args, kwargs)
+        probe.state(self.device)
+        self._probe = probe
+
+    def save(self, path: str | os.PathLike[str], model: nn.Module, *optimizers: Optimizer) -> None:
+        """Write model, optimizers and runtime to the folder ``path`` (``checkpoints``); nothing is pickled."""
+        from precision_runtime.checkpoints.carrying import save
+
+        save(self, path, model, optimizers)
+
+    def load(self, path: str | os.PathLike[str], model: nn.Module, *optimizers: Optimizer) -> Changes:
+        """The inverse of ``save``, in the same mode, after ``setup``: the run goes on as if it had not stopped.
+
+        Raises ``ConfigurationError`` for another mode's checkpoint or one that does not fit, before anything has been
+        changed; ``ProbeError`` where the probe's outputs do not come out again.
+        """
+        from precision_runtime.checkpoints.carrying import load
+
+        return load(self, path, model, optimizers)
+
+    def load_across(
+        self, path: str | os.PathLike[str], model: nn.Module, *optimizers: Optimizer, check: bool = True
+    ) -> Changes:
+        """Load a checkpoint that was saved in any mode into a model that is set up in this one; say what changed.
+
+        Codes are dequantised where the model has none, FP8 scales and float32 masters go or begin, optimizers' state
+        follows the parameters. The probe must come out within what the coarser of the two modes costs; ``check=False``
+        does without. Raises as ``load`` does, but for the mode.
+        """
+        from precision_runtime.checkpoints.carrying import load_across
+
+        return load_across(self, path, model, optimizers, check)
+
     def state_dict(self) -> dict[str, Any]:
-        """The mode and the scaler's state, as builtins; where ``updates`` keep something beside weights, that, too."""
+        """Mode, recipe, switches, islands and the scaler's state, as builtins; where ``updates`` keep something beside
+        weights, that, too, and the probe with its present outputs.
+        """
+        state = {"mode": self.mode.name, "scaler": self.scaler.state_dict(), **describe(self)}
         updates = self.updates.state_dict(self._named())
-        state = {"mode": self.mode.name, "scaler": self.scaler.state_dict()}
-        return {**state, "updates": updates} if updates else state
+        if updates:
+            state["updates"] = updates
+        if self._probe is not None:
+            state["probe"] = self._probe.state(self.device)
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of ``state_dict``. Raises ``ConfigurationError`` for another mode's state, or a foreign one."""
-        if set(state) - {"updates"} != {"mode", "scaler"}:
+        """The inverse of ``state_dict``; the probe is left to ``load``. Raises as ``check_state`` does."""
+        self.check_state(state)
+        self.scaler.load_state_dict(state["scaler"])
+        self.load_updates(state.get("updates", {}))
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ``ConfigurationError`` for the state of another mode or of other arguments, or a foreign one."""
+        if not {"mode", "scaler"} <= set(state) <= {"mode", "scaler", "updates", "probe", *KEYS}:
             raise ConfigurationError(
                 f"this is no state of a PrecisionRuntime, which has mode and scaler; it has {sorted(map(str, state))}"
             )
@@ -360,10 +420,17 @@ class PrecisionRuntime:
             raise ConfigurationError(
                 f"this state was saved in {state['mode']} and cannot be loaded in {self.mode}{chosen}; "
                 f"make the runtime with PrecisionRuntime({state['mode']!r}), or train on from the model's and "
-                "optimizer's states alone"
+                "optimizer's states alone; load_across carries a saved checkpoint over"
             )
-        self.scaler.load_state_dict(state["scaler"])
-        self.updates.load_state_dict(state.get("updates", {}), self._named())
+        refuse_other(state, self)
+
+    def load_updates(self, state: Mapping[str, Any]) -> None:
+        """Load what ``updates`` kept beside the weights of the models set up here."""
+        self.updates.load_state_dict(state, self._named())
+
+    def take_probe(self, probe: Probe | None) -> None:
+        """Carry ``probe`` on from a checkpoint."""
+        self._probe = probe
 
     def _names(self, parameters: Iterable[torch.Tensor]) -> tuple[str, ...]:
         """Paths in the models set up here."""
