@@ -17,22 +17,32 @@ if TYPE_CHECKING:
     from precision_runtime.ledger import Ledger as Ledger
     from precision_runtime.modes import MODES as MODES
     from precision_runtime.modes import parse_mode as parse_mode
+    from precision_runtime.ranging import Headroom as Headroom
+    from precision_runtime.ranging import Sensitivity as Sensitivity
+    from precision_runtime.ranging import headroom as headroom
+    from precision_runtime.ranging import sensitivity as sensitivity
     from precision_runtime.record import Finding as Finding
     from precision_runtime.record import Report as Report
     from precision_runtime.runtime import PrecisionRuntime as PrecisionRuntime
     from precision_runtime.runtime import StepResult as StepResult
+    from precision_runtime.training import audit_training as audit_training
 
 _HOME = {
     "MODES": "modes",
     "Finding": "record",
+    "Headroom": "ranging",
     "Island": "keeping",
     "Ledger": "ledger",
     "PrecisionRuntime": "runtime",
     "Report": "record",
+    "Sensitivity": "ranging",
     "StepResult": "runtime",
     "Support": "capability",
     "audit": "auditing",
+    "audit_training": "training",
+    "headroom": "ranging",
     "parse_mode": "modes",
+    "sensitivity": "ranging",
     "support": "capability",
 }
 

@@ -1,0 +1,237 @@
+"""Why a training has gone elsewhere than FP64: from the gradients, the updates and what was stored."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from precision_runtime.record import Finding, Kind, Where, Worst, lost_bits
+from precision_runtime.training.course import Course
+from precision_runtime.training.sheet import Entry, rms
+from precision_runtime.training.watching import MOST, Stored
+
+_LOSSES = "FP64 computes other losses from the very same weights: they are summed or computed in too few digits"
+# One factor for all gradients: their directions agree to this cosine, and they are this many times too large or small.
+_PARALLEL, _FACTOR = 0.99, 2.0
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that is known: the training in the mode, the true one, disturbed ones, and what became of stored values.
+
+    ``u`` is what the mode's rounding costs a gradient, ``limit`` the excess that is allowed.
+    """
+
+    low: Course
+    true: Course
+    samples: Sequence[Course]
+    stored: Mapping[str, Stored]
+    states: Mapping[str, Entry]  # optimizer state that has failed, by "name of parameter"
+    hazards: Sequence[str]
+    u: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A kind, a place and a sentence. ``order`` says how far upstream it is."""
+
+    order: int
+    kind: Kind
+    where: Where
+    message: str
+
+
+def cause_of(entry: Entry, evidence: Evidence) -> Cause:
+    """Why this parameter, buffer or loss has failed: the first explanation that the evidence supports."""
+    if entry.kind == "loss":
+        return Cause(
+            0,
+            "instability",
+            "forward",
+            _LOSSES,
+        )
+    for look in (_stuck, _scaled, _underflow, _gradient, _lost, _state, _broken):
+        found = look(entry, evidence)
+        if found is not None:
+            return found
+    if entry.kind == "buffer":
+        return Cause(4, "instability", "update", "values written into it in each step are rounded always the same way")
+    return Cause(
+        4, "instability", "update",
+        "the gradients of the first step are right: what is made of them in the optimizer's steps is not",
+    )  # fmt: skip
+
+
+def _stuck(entry: Entry, evidence: Evidence) -> Cause | None:
+    """A buffer that stands still."""
+    if entry.kind != "buffer":
+        return None
+    stored = evidence.stored.get(entry.name)
+    if stored is not None and not stored.mastered and stored.share > MOST:
+        return Cause(
+            3, "underflow", "update",
+            f"{stored.share:.0%} of what was to be added to it over the steps left no trace: {_count(stored)} were "
+            "below half a unit in its last place. Keep it, or a master of it, in float32",
+        )  # fmt: skip
+    return None
+
+
+def _underflow(entry: Entry, evidence: Evidence) -> Cause | None:
+    low, true = evidence.low.norms.get(entry.name, []), evidence.true.norms.get(entry.name, [])
+    pairs = [(float(a), float(b)) for a, b in zip(low, true, strict=False) if float(b) > 0.0]
+    vanished = sum(a == 0.0 for a, _ in pairs)
+    gone = gone_share(evidence.low.first.get(entry.name), evidence.true.first.get(entry.name))
+    if _exact_zero(entry.name, evidence) or (vanished <= MOST * len(pairs) and gone <= MOST):
+        return None
+    size = max((b for _, b in pairs), default=0.0)
+    told = f"it is zero in {vanished} of {len(pairs)} steps" if vanished else f"{gone:.0%} of its norm is zero"
+    return Cause(
+        1, "underflow", "backward",
+        f"its gradient, whose norm is {size:.3g} at most, vanishes: {told}. A loss scale (16-mixed) or bfloat16 keeps "
+        "it",
+    )  # fmt: skip
+
+
+def _scaled(entry: Entry, evidence: Evidence) -> Cause | None:
+    """All gradients together are too large or small by one factor: they were clipped or normed while scaled."""
+    common = [n for n in evidence.true.first if n in evidence.low.first]
+    if not common or entry.kind != "parameter":
+        return None
+    low = torch.cat([evidence.low.first[n].reshape(-1).to(torch.float64) for n in common])
+    true = torch.cat([evidence.true.first[n].reshape(-1).to(torch.float64) for n in common])
+    sizes = float(torch.linalg.vector_norm(low)), float(torch.linalg.vector_norm(true))
+    if not sizes[0] or not sizes[1] or not math.isfinite(sizes[0]):
+        return None
+    cosine = float(low @ true) / (sizes[0] * sizes[1])
+    factors = []
+    for name in evidence.low.norms:
+        pairs = zip(evidence.low.norms[name], evidence.true.norms.get(name, []), strict=False)
+        factors += [float(a) / float(b) for a, b in pairs if float(b) > 0.0 and float(a) > 0.0]
+    factor = sizes[0] / sizes[1]
+    if cosine < _PARALLEL or 1.0 / _FACTOR < factor < _FACTOR or not factors:
+        return None
+    return Cause(
+        2, "instability", "update",
+        f"the optimizer got gradients that point the right way but are {_times(factor)} (median over all steps and "
+        f"parameters: {_times(statistics.median(factors))}): they were clipped, normed or stepped with while the loss "
+        "scale was still in them. Unscale first, as PrecisionRuntime.clip_gradients does",
+    )  # fmt: skip
+
+
+def _gradient(entry: Entry, evidence: Evidence) -> Cause | None:
+    low, true = evidence.low.first.get(entry.name), evidence.true.first.get(entry.name)
+    if low is None or true is None or low.shape != true.shape or _exact_zero(entry.name, evidence):
+        return None
+    floor = evidence.u * rms(true) / math.sqrt(3.0)
+    common = math.hypot(floor, _spread(entry.name, evidence))
+    error = rms(low.to(torch.float64) - true.to(torch.float64))
+    if not common or error / common <= evidence.limit:
+        return None
+    return Cause(
+        1, "instability", "backward",
+        f"already the gradient of the first step is {lost_bits(error / common):.1f} bits off; audit() of one step "
+        "names the op",
+    )  # fmt: skip
+
+
+def _lost(entry: Entry, evidence: Evidence) -> Cause | None:
+    stored = evidence.stored.get(entry.name)
+    if stored is None or stored.mastered or stored.share <= MOST:
+        return None
+    told = "".join(f". {text.rstrip('.')}" for text in evidence.hazards)
+    return Cause(
+        3, "underflow", "update",
+        f"{min(1.0, stored.share):.0%} of the movement that the optimizer meant left no trace: {_count(stored)} were "
+        f"below half a unit in the last place of their weight{told}",
+    )  # fmt: skip
+
+
+def _state(entry: Entry, evidence: Evidence) -> Cause | None:
+    own = [s for name, s in evidence.states.items() if name.endswith(f" of {entry.name}")]
+    if not own:
+        return None
+    worst = max(own, key=lambda s: s.excess)
+    told = "".join(f". {text.rstrip('.')}" for text in evidence.hazards)
+    gone = gone_share(worst.moved, worst.reference)
+    if gone > MOST:
+        return Cause(
+            4, "underflow", "update",
+            f"{gone:.0%} of the norm of the optimizer's state {worst.name!r} is zero: squares of gradients are below "
+            f"the smallest value of its dtype{told}",
+        )  # fmt: skip
+    return Cause(
+        4, "instability", "update",
+        f"the optimizer's state {worst.name!r} is {lost_bits(worst.excess):.1f} bits off: it is kept in too few "
+        f"digits{told}",
+    )  # fmt: skip
+
+
+def _broken(entry: Entry, evidence: Evidence) -> Cause | None:
+    broken = [path for path in evidence.low.broken if path not in evidence.true.broken]
+    if not broken or entry.kind != "parameter":
+        return None
+    return Cause(
+        4, "range", "update", f"the optimizer keeps values that are not finite any more: {', '.join(broken[:3])}"
+    )
+
+
+def gone_share(low: torch.Tensor | None, true: torch.Tensor | None) -> float:
+    """The share of the true gradient's norm in elements that are zero in the mode."""
+    if low is None or true is None or low.shape != true.shape or not bool(true.any()):
+        return 0.0
+    wide = true.to(torch.float64)
+    return float(torch.linalg.vector_norm(wide[low == 0])) / float(torch.linalg.vector_norm(wide))
+
+
+def finding(entries: Sequence[Entry], cause: Cause, limit: float, suggestion: str | None = None) -> Finding:
+    """One finding for the tensors that failed for one reason; the worst of them is named."""
+    worst = max(entries, key=lambda e: e.excess)
+    others = f" ({len(entries) - 1} more for the same reason)" if len(entries) > 1 else ""
+    module = "" if worst.kind == "loss" else worst.name.rpartition(".")[0]
+    what = "the loss" if worst.kind == "loss" else f"{worst.kind} {worst.name!r}"
+    return Finding(
+        kind=cause.kind, where=cause.where, module=module, op=None, lost_bits=lost_bits(worst.excess),
+        excess=worst.excess,
+        message=f"{what} is not where FP64 trainings with the mode's rounding come to: {cause.message}{others}",
+        worst=_worst(worst, limit), suggestion=suggestion,
+    )  # fmt: skip
+
+
+def _worst(entry: Entry, limit: float) -> Worst:
+    error = (entry.moved - entry.reference).abs()
+    place = int(error.nan_to_num(math.inf, math.inf).argmax())
+    start = 0.0 if entry.start is None else float(entry.start[place])
+    allowed = limit * entry.common
+    index, rest = [], place
+    for size in reversed(entry.shape):
+        index.append(rest % size)
+        rest //= size
+    beyond = float((~(error <= allowed)).sum()) / max(1, error.numel())
+    value, reference = start + float(entry.moved[place]), start + float(entry.reference[place])
+    return Worst(entry.name, tuple(reversed(index)), value, reference, allowed, beyond)
+
+
+def _spread(name: str, evidence: Evidence) -> float:
+    true = evidence.true.first[name].to(torch.float64)
+    found = [s.first[name].to(torch.float64) for s in evidence.samples if name in s.first]
+    squares = [rms(f - true) ** 2 for f in found if f.shape == true.shape]
+    return math.sqrt(sum(squares) / len(squares)) if squares else 0.0
+
+
+def _exact_zero(name: str, evidence: Evidence) -> bool:
+    """Whether disturbed trainings move the gradient by its own size: terms that cancel (a key's bias)."""
+    true = evidence.true.first.get(name)
+    return true is not None and _spread(name, evidence) > MOST * rms(true.to(torch.float64))
+
+
+def _count(stored: Stored) -> str:
+    return f"{stored.gone} of {stored.wanted} updates"
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.3g} times too large" if factor > 1.0 else f"{1.0 / factor:.3g} times too small"

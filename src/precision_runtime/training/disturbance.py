@@ -1,0 +1,118 @@
+"""A training in FP64 disturbed by one unit roundoff wherever the mode rounds: what the mode must cost.
+
+The disturbance of each place is the same in every step. Rounding is: a full batch, a weight that hardly moves and what
+is computed from them are rounded alike step after step, so that errors add up; fresh noise would average out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from precision_runtime.auditing.dispatch import TrueDouble, plain_double
+from precision_runtime.auditing.masking import Masking
+from precision_runtime.auditing.noise import Exact, Noise
+from precision_runtime.auditing.recurrent import noisy_states
+from precision_runtime.training.course import Observer, held
+from precision_runtime.tree import map_tensors
+
+
+class Double(Observer):
+    """A true FP64 training."""
+
+    def __init__(self, masking: Masking) -> None:
+        self._masking = masking
+        self.fallbacks: set[str] = set()
+
+    def around(self, step: int) -> AbstractContextManager[Any]:
+        """FP64, whatever the code asks for."""
+        stack = ExitStack()
+        stack.enter_context(plain_double())
+        mode = self._mode()
+        mode.fallbacks = self.fallbacks
+        stack.enter_context(mode)
+        return stack
+
+    def _mode(self) -> TrueDouble:
+        return TrueDouble(masking=self._masking)
+
+
+class Disturbed(Double):
+    """One that is disturbed: starting weights, inputs, results of modules, gradients, states of recurrent layers.
+
+    ``walks`` are disturbances by path, one standard deviation for each element, of what is stored after each step.
+    These are fresh each time, as rounding is when a value has moved on.
+    """
+
+    def __init__(
+        self, masking: Masking, noise: Noise, back: Noise, low: torch.dtype,
+        walks: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(masking)
+        self._noise, self._back, self._low = noise, back, low
+        self._walks = dict(walks or {})
+        self._step = 0
+        self._counts: dict[str, int] = {}
+        self._modules: list[nn.Module] = []
+
+    def prepare(self, model: nn.Module) -> None:
+        """Disturb the starting weights of ``model``, and all that it will compute."""
+        self._model, self._modules = model, list(model.modules())
+        for name, p in model.named_parameters():
+            if p.is_floating_point():
+                p.data = self._noise.fixed(f"start of {name}").rounded(p.data)
+            if p.requires_grad:
+                p.register_hook(self._gradient(name))
+        for name, module in model.named_modules():
+            module.register_forward_hook(self._result(name))
+
+    def after_update(self) -> None:
+        """See ``Observer.after_update``."""
+        self._walk(dict(self._model.named_parameters()))
+
+    def after_loss(self, model: nn.Module) -> None:
+        """See ``Observer.after_loss``."""
+        self._walk({name: t for name, t in held(model) if not isinstance(t, nn.Parameter)})
+
+    def _walk(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, deviation in self._walks.items():
+            if name in tensors:
+                unit = self._noise.fixed(f"walk {self._step} of {name}").by(1.0, torch.ones_like(deviation)) - 1.0
+                tensors[name].data += math.sqrt(3.0) * deviation * unit
+
+    def inputs(self, place: int, batch: Any) -> Any:
+        """See ``Observer.inputs``."""
+        return self._noise.fixed(f"batch {place}").inputs(batch, Exact(batch, self._low))
+
+    def around(self, step: int) -> AbstractContextManager[Any]:
+        """See ``Observer.around``."""
+        self._counts.clear()
+        self._step = step
+        stack = ExitStack()
+        stack.enter_context(super().around(step))
+        stack.enter_context(noisy_states(self._modules, self._noise.fixed("states")))
+        return stack
+
+    def _mode(self) -> TrueDouble:
+        return TrueDouble(self._noise.fixed("ops"), masking=self._masking)
+
+    def _gradient(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        def hook(grad: torch.Tensor) -> torch.Tensor:
+            return self._back.fixed(f"gradient of {name}")(grad)  # anew in each step: always the same disturbance
+
+        return hook
+
+    def _result(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def hook(module: nn.Module, args: Any, result: Any) -> Any:
+            number = self._counts[name] = self._counts.get(name, 0) + 1
+            noise = self._noise.fixed(f"result {number} of {name}")
+            if isinstance(result, torch.Tensor):
+                return noise.rounded(result)
+            return map_tensors(noise.rounded, result, objects=False)
+
+        return hook

@@ -1,0 +1,186 @@
+"""Where a training has come to, beside where FP64 comes to, and how far disturbed FP64 trainings are apart.
+
+A parameter or buffer is judged by how far it has moved: with the movement ``d`` in the mode and ``r`` in FP64, and
+movements ``s_k`` of disturbed FP64 trainings,
+
+- error    E = d - r
+- spread   B = rms over k of (s_k - r), what one roundoff in weights, inputs, results and gradients comes to by then:
+           as much as everything where training is chaotic, hardly anything where it forgets
+- floor    R = hypot(u rms(r), u_s rms(end)) / sqrt(3): the movement rounded once in the mode, the value in its storage
+- walk     W, the rms over elements of the root of the sum of squares of the roundings that really happened when new
+           values were stored (``watching``): errors of either sign add up so; a rounding that always goes the same
+           way comes to more. Disturbed trainings that walk as far in each step say what comes of it elsewhere
+- excess   rms(E) / sqrt(rms(B)^2 + R^2 + W^2), about 1 for a healthy training, as in ``auditing.excess``
+
+Losses are one tensor over the steps, and an optimizer's state is judged as it is in the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from precision_runtime.formats import FORMATS
+from precision_runtime.training.course import Course
+
+# Disturbed trainings: none where the floor alone explains the error, one where the answer is clear then, more before
+# anything is called a failure.
+SAMPLES = (1, 5)
+MARGINS = (0.5, 1.0)  # a score below this share of the limit is clear after so many trainings
+CERTAIN = 16.0  # a score so many times the limit after those is a failure: no further training can change it
+# A decision (a ReLU's side, the sign of a gradient near zero) that the mode takes otherwise may be taken otherwise in
+# few trainings disturbed by u. So before anything is called a failure some are disturbed by WIDTH u, and their spread
+# over WIDTH is granted where it is larger.
+WIDTH = 4.0
+WIDE_SAMPLES = 4
+WALKS = 4  # trainings that are disturbed by what was stored, too
+# So many elements of a tensor of FEW and more may go elsewhere by chance before it means anything: the sign of a
+# gradient near zero, a near tie. They are left out of the error.
+FREE, FEW = 3, 64
+# A training whose disturbed twins are this far apart, relative to the movement, says nothing about its values.
+CHAOTIC = 0.5
+
+
+@dataclass
+class Entry:
+    """One tensor of a course beside its reference, flat, in float64."""
+
+    name: str
+    kind: str  # parameter, buffer, state, loss
+    moved: torch.Tensor
+    reference: torch.Tensor
+    floor: float
+    shape: torch.Size
+    start: torch.Tensor | None = None  # the reference's first value, where a movement is judged
+    walk: float = 0.0
+    spread: float = 0.0
+    measured: bool = False  # whether disturbed trainings had a say; without, the excess is an upper bound
+
+    @property
+    def error(self) -> float:
+        """rms(E), without the few elements that may be anywhere."""
+        error = self.moved - self.reference
+        if self.kind == "loss" or error.numel() < FEW or not bool(torch.isfinite(error).all()):
+            return rms(error)
+        most = error.abs().topk(FREE).values
+        return math.sqrt(max(0.0, float(error.square().sum() - most.square().sum())) / error.numel())
+
+    @property
+    def common(self) -> float:
+        """What the mode's rounding explains."""
+        return math.sqrt(self.spread**2 + self.floor**2 + self.walk**2)
+
+    @property
+    def excess(self) -> float:
+        """The excess; inf where something that is not finite was found, or where nothing can be explained at all."""
+        error = self.error
+        if error == 0.0:
+            return 0.0
+        if not math.isfinite(error):
+            return math.inf
+        return error / self.common if self.common else math.inf
+
+    @property
+    def chaotic(self) -> bool:
+        """Whether disturbed trainings have come apart as far as they have come."""
+        return self.spread > CHAOTIC * rms(self.reference)
+
+
+Sampler = Callable[[int, float], Course]  # the n-th disturbed training, disturbed by so many u
+
+
+def entries_of(low: Course, true: Course, u: float, buffers: set[str]) -> list[Entry]:
+    """One entry for each tensor that both courses have in one shape, losses last.
+
+    A tensor that has not moved in either course is left out.
+    """
+    found = []
+    for name, end in low.end.items():
+        if name not in true.end or name not in low.start or true.end[name].shape != end.shape:
+            continue
+        if low.start[name].shape != end.shape or true.start[name].shape != end.shape:
+            continue
+        moved = _flat(end) - _flat(low.start[name])
+        reference = _flat(true.end[name]) - _flat(true.start[name])
+        stored = roundoff(end) * rms(_flat(true.end[name]))
+        floor = math.hypot(u * rms(reference), stored) / math.sqrt(3.0)
+        kind = "buffer" if name in buffers else "parameter"
+        start = _flat(true.start[name])
+        found.append(Entry(name, kind, moved, reference, floor, end.shape, start))
+    for name, value in low.state.items():
+        if name in true.state and true.state[name].shape == value.shape:
+            reference = _flat(true.state[name])
+            floor = max(u, roundoff(value)) * rms(reference) / math.sqrt(3.0)
+            found.append(Entry(name, "state", _flat(value), reference, floor, value.shape))
+    count = min(low.steps, true.steps)
+    losses = torch.stack([t.reshape(()) for t in low.losses[:count]])
+    reference = torch.stack([t.reshape(()) for t in true.losses[:count]])
+    found.append(Entry("loss", "loss", losses, reference, u * rms(reference) / math.sqrt(3.0), losses.shape))
+    return [e for e in found if bool(e.moved.any()) or bool(e.reference.any())]
+
+
+def screen(entries: Sequence[Entry], limit: float, sample: Sampler) -> list[Entry]:
+    """Those that the floor and a few disturbed trainings do not explain."""
+    open_ = [e for e in entries if e.excess > limit]
+    for count, margin in zip(SAMPLES, MARGINS, strict=True):
+        if not open_:
+            break
+        samples = [sample(number, 1.0) for number in range(count)]
+        for entry in open_:
+            entry.spread, entry.measured = spread_of(entry, samples), True
+        open_ = [e for e in open_ if e.excess > margin * limit]
+    return open_
+
+
+def settle(entries: Sequence[Entry], limit: float, sample: Sampler) -> list[Entry]:
+    """Those of the open entries that fail for certain: wider disturbances do not explain them either."""
+    failed = [e for e in entries if e.excess > limit]
+    if all(e.excess > CERTAIN * limit for e in failed):
+        return failed
+    wide = [sample(number, WIDTH) for number in range(WIDE_SAMPLES)]
+    for entry in failed:
+        entry.spread = max(entry.spread, spread_of(entry, wide) / WIDTH)
+    return [e for e in failed if e.excess > limit]
+
+
+def spread_of(entry: Entry, samples: Sequence[Course]) -> float:
+    """rms over samples and elements of the distance from the reference; inf where one has diverged."""
+    total = 0.0
+    for course in samples:
+        value = _value(entry, course)
+        if value is not None:
+            distance = rms(value - entry.reference)
+            total += distance * distance if math.isfinite(distance) else math.inf
+    return math.sqrt(total / max(1, len(samples)))
+
+
+def _value(entry: Entry, course: Course) -> torch.Tensor | None:
+    if entry.kind == "loss":
+        found = torch.stack([t.reshape(()) for t in course.losses])
+        if found.numel() < entry.reference.numel():  # it has diverged before
+            return torch.full_like(entry.reference, math.inf)
+        return found[: entry.reference.numel()]
+    held = course.state if entry.kind == "state" else course.end
+    if entry.name not in held or held[entry.name].numel() != entry.reference.numel():
+        return None
+    value = _flat(held[entry.name])
+    return value if entry.kind == "state" else value - _flat(course.start[entry.name])
+
+
+def roundoff(t: torch.Tensor) -> float:
+    """The unit roundoff of the dtype that ``t`` is stored in."""
+    form = FORMATS.get(str(t.dtype).removeprefix("torch."))
+    return form.unit_roundoff if form is not None else 0.0
+
+
+def rms(t: torch.Tensor) -> float:
+    """The root of the mean square; 0 of nothing."""
+    return float(torch.linalg.vector_norm(t)) / math.sqrt(t.numel()) if t.numel() else 0.0
+
+
+def _flat(t: torch.Tensor) -> torch.Tensor:
+    t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+    return t.reshape(-1).to(torch.float64)
