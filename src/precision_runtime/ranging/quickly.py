@@ -33,29 +33,31 @@ def verdict(
     originals: Originals | None = None,
     references: References | None = None,
     name: str | None = None,
+    options: Options | None = None,
 ) -> Report:
     """What ``audit`` would find, with its arguments and errors. Kinds are those that the judge alone can tell."""
     parsed = parse_mode(mode)
-    lane = support(parsed, accelerator)
+    options = options or Options()
+    lane = support(parsed, accelerator, options.recipe)
     if not lane.ok:
         raise UnsupportedError(f"{parsed} on {lane.accelerator} cannot be audited here: {lane.reason}")
     place = placed(parsed, lane.accelerator)
     return run_trial(
         _Trial, function, args, kwargs, place.mode, place.mode, lane.accelerator, lane.status, gradients, budget, seed,
-        originals, references, name,
+        originals, references, name, options,
     )  # fmt: skip
 
 
 def run_trial(
     trial: type[_Trial], function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], mode: Mode,
     carrier: Mode, accelerator: str, status: str, gradients: bool, budget: float, seed: int,
-    originals: Originals | None, references: References | None, name: str | None,
+    originals: Originals | None, references: References | None, name: str | None, options: Options | None = None,
 ) -> Report:  # fmt: skip
     """One trial in ``mode``, whose modules are cast as ``carrier`` casts."""
     device = resolve(accelerator)
     with seeded(seed, device):
         return trial(
-            function, tuple(args), dict(kwargs), mode, strategy_for(carrier, device, Options()), status, accelerator,
-            gradients, budget, seed, originals or Originals(), references or References(1), name or name_of(function),
-            False,
+            function, tuple(args), dict(kwargs), mode, strategy_for(carrier, device, options or Options()), status,
+            accelerator, gradients, budget, seed, originals or Originals(), references or References(1),
+            name or name_of(function), False,
         ).report()  # fmt: skip

@@ -17,7 +17,7 @@ from precision_runtime.auditing.references import Reference
 from precision_runtime.errors import ConfigurationError, unknown_names
 from precision_runtime.formats import FORMATS, Format
 from precision_runtime.modes import parse_mode
-from precision_runtime.options import names_of
+from precision_runtime.options import Options, names_of
 from precision_runtime.ranging.grid import doublings, halvings
 from precision_runtime.ranging.quickly import verdict
 from precision_runtime.ranging.room import Axis, Headroom, Room
@@ -45,6 +45,7 @@ def headroom(
     activations: str | Iterable[str] = (),
     originals: Originals | None = None,
     name: str | None = None,
+    options: Options | None = None,
 ) -> Headroom:
     """Measure how many bits of scale are left until the first overflow, underflow or instability.
 
@@ -77,7 +78,7 @@ def headroom(
         cost += 1
         return verdict(
             function, *inputs, mode, accelerator, gradients=gradients, budget=budget, seed=seed, originals=originals,
-            references=references, name=name,
+            references=references, name=name, options=options,
         )  # fmt: skip
 
     kept = _Kept()
