@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from precision_runtime.record import Report as Report
     from precision_runtime.runtime import PrecisionRuntime as PrecisionRuntime
     from precision_runtime.runtime import StepResult as StepResult
-    from precision_runtime.training import audit_training as audit_training
+    from precision_runtime.shrinking import Shrunk as Shrunk
+    from precision_runtime.shrinking import shrink as shrink
 
 _HOME = {
     "MODES": "modes",
@@ -36,13 +37,14 @@ _HOME = {
     "PrecisionRuntime": "runtime",
     "Report": "record",
     "Sensitivity": "ranging",
+    "Shrunk": "shrinking",
     "StepResult": "runtime",
     "Support": "capability",
     "audit": "auditing",
-    "audit_training": "training",
     "headroom": "ranging",
     "parse_mode": "modes",
     "sensitivity": "ranging",
+    "shrink": "shrinking",
     "support": "capability",
 }
 
