@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from precision_runtime import forwarding
@@ -65,6 +66,7 @@ def _tensor(
     place: Place, targets: Targets, strategy: Strategy, islands: Sequence[Island], shared: dict[int, str]
 ) -> Iterator[Row]:
     tensor, target = place.tensor, targets(place)
+    elements = 0 if is_lazy(tensor) else tensor.numel()
     before = _name(tensor.dtype)
     if isinstance(place.owner, QuantizedLayer) and not tensor.is_floating_point():
         before = str(target) if isinstance(target, str) else before
@@ -83,9 +85,9 @@ def _tensor(
         zero = 0 if isinstance(target, str) else paid.zero  # how codes round is the format's price
         heavy = zero and (paid.heavy or place.kind == "buffer" or not tensor.dim())
         if inf:
-            risks.append(f"{inf} of {tensor.numel()} values become inf in {_name(counted)}")
+            risks.append(f"{inf} of {elements} values become inf in {_name(counted)}")
         if heavy:
-            risks.append(f"{zero} of {tensor.numel()} values become 0 in {_name(counted)}")
+            risks.append(f"{zero} of {elements} values become 0 in {_name(counted)}")
         if whole:
             risks.append(f"{whole} whole numbers become others in {_name(counted)}")
         if zero and not heavy:
@@ -98,8 +100,7 @@ def _tensor(
     if len(place.names) > 1:
         notes.append(f"tied: it is also {', '.join(map(repr, place.names[1:]))}")
     if unknown:
-        where = "on the meta device" if tensor.is_meta else f"held by a {type(tensor.data).__name__}"
-        notes.append(f"its values are unknown ({where})")
+        notes.append(f"its values are unknown ({_whereabouts(tensor)})")
     if tensor.is_complex() and strategy.mode.low:
         notes.append("complex: kept whole, for a cast to a real format would drop the imaginary part")
     island = island_around(place.name, islands)
@@ -107,11 +108,19 @@ def _tensor(
         notes.append(f"an island in {island.dtype}")
     counts: tuple[int | None, ...] = (None, None, None) if unknown else (inf, zero, whole)
     yield Row(
-        place.name, place.kind, before, after, tensor.numel(), _name(cast) if cast else "", counts[0], counts[1],
+        place.name, place.kind, before, after, elements, _name(cast) if cast else "", counts[0], counts[1],
         counts[2], tuple(risks), tuple(notes), place.names[1:],
     )  # fmt: skip
     if place.kind == "parameter" and tensor.grad is not None and not isinstance(target, str):
         yield from _gradient(place, tensor.grad, targets)
+
+
+def _whereabouts(tensor: torch.Tensor) -> str:
+    if is_lazy(tensor):
+        return "made at the first forward"
+    if tensor.is_meta:
+        return "on the meta device"
+    return str(tensor.layout) if tensor.layout is not torch.strided else f"held by a {type(tensor.data).__name__}"
 
 
 def _gradient(place: Place, gradient: torch.Tensor, targets: Targets) -> Iterator[Row]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from precision_runtime.casting import CAST, FLOATING
 from precision_runtime.formats import FORMATS, Format
@@ -54,7 +55,12 @@ def toll(tensor: torch.Tensor, dtype: torch.dtype) -> Toll | None:
 
 def is_readable(tensor: torch.Tensor) -> bool:
     """Whether the values of ``tensor`` can be looked at, one by one."""
-    return not tensor.is_meta and tensor.layout is torch.strided and type(tensor.data) is torch.Tensor
+    return (
+        not is_lazy(tensor)
+        and not tensor.is_meta
+        and tensor.layout is torch.strided
+        and type(tensor.data) is torch.Tensor
+    )
 
 
 def format_of(dtype: torch.dtype) -> Format:

@@ -283,6 +283,16 @@ def test_on_the_meta_device_values_are_unknown_and_everything_else_is_told(mode)
     assert all(p.is_meta for p in model.parameters())
 
 
+def test_tensors_that_hold_values_in_ways_of_their_own_are_unknown():
+    model = nn.Sequential(nn.LazyLinear(4))
+    model.register_buffer("graph", torch.eye(3).to_sparse())
+    found = plan("16-true", model)
+    assert [row.name for row in found.unknown] == ["graph", "0.weight", "0.bias"]
+    assert "first forward" in found["0.weight"].notes[0]
+    assert "sparse" in found["graph"].notes[0]
+    assert not plan("32-true", model).unknown
+
+
 def test_a_model_that_is_set_up_has_nothing_left_to_do():
     runtime = PrecisionRuntime("bf16-true", "cpu")
     model = runtime.setup(net())
