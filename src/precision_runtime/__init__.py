@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from precision_runtime.runtime import StepResult as StepResult
     from precision_runtime.shrinking import Shrunk as Shrunk
     from precision_runtime.shrinking import shrink as shrink
+    from precision_runtime.training import audit_training as audit_training
 
 _HOME = {
     "MODES": "modes",
@@ -41,6 +42,7 @@ _HOME = {
     "StepResult": "runtime",
     "Support": "capability",
     "audit": "auditing",
+    "audit_training": "training",
     "headroom": "ranging",
     "parse_mode": "modes",
     "sensitivity": "ranging",
