@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from precision_runtime.ranging import Sensitivity as Sensitivity
     from precision_runtime.ranging import headroom as headroom
     from precision_runtime.ranging import sensitivity as sensitivity
+    from precision_runtime.plan import Plan as Plan
     from precision_runtime.record import Finding as Finding
     from precision_runtime.record import Report as Report
     from precision_runtime.runtime import PrecisionRuntime as PrecisionRuntime
@@ -35,6 +36,7 @@ _HOME = {
     "Headroom": "ranging",
     "Island": "keeping",
     "Ledger": "ledger",
+    "Plan": "plan",
     "PrecisionRuntime": "runtime",
     "Report": "record",
     "Sensitivity": "ranging",

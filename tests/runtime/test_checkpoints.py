@@ -367,6 +367,25 @@ def test_other_weights_do_not_pass_for_the_saved_ones(before, after, tmp_path):
     assert second.load_across(tmp_path / "c", other, check=False).probe == ()
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("before", "after"), [("32-true", "bf16-true"), ("16-mixed", "bf16-mixed"), ("32-true", "16-true")]
+)
+def test_small_mistakes_are_seen_where_both_modes_are_fine(before, after, seed, tmp_path):
+    first, model, _ = made(before, seed=seed, optimizer=False)
+    first.probe(model, ids(99))
+    first.save(tmp_path / "c", model)
+    second, other, _ = made(after, seed=seed + 10, optimizer=False)
+    assert second.load_across(tmp_path / "c", other).ok
+    forgetful = Net.forward
+    try:
+        Net.forward = lambda self, ids, scale=1.0: forgetful(self, ids, scale) * 1.1
+        with pytest.raises(ProbeError):
+            second.load_across(tmp_path / "c", other)
+    finally:
+        Net.forward = forgetful
+
+
 def test_the_probe_sees_an_overflow_on_the_way(tmp_path):
     first, model, _ = made("32-true", optimizer=False)
     with torch.no_grad():
