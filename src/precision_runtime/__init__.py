@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from precision_runtime.ledger import Ledger as Ledger
     from precision_runtime.modes import MODES as MODES
     from precision_runtime.modes import parse_mode as parse_mode
+    from precision_runtime.plan import Plan as Plan
     from precision_runtime.ranging import Headroom as Headroom
     from precision_runtime.ranging import Sensitivity as Sensitivity
     from precision_runtime.ranging import headroom as headroom
     from precision_runtime.ranging import sensitivity as sensitivity
-    from precision_runtime.plan import Plan as Plan
     from precision_runtime.record import Finding as Finding
     from precision_runtime.record import Report as Report
     from precision_runtime.runtime import PrecisionRuntime as PrecisionRuntime
