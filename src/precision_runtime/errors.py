@@ -35,8 +35,9 @@ class AuditError(PrecisionError, RuntimeError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the known name nearest to ``name``, or an empty string."""
-    near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.6)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    by_key = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name.lower(), list(by_key), n=1, cutoff=0.6)
+    return f" Did you mean {by_key[near[0]]!r}?" if near else ""
 
 
 def unknown_names(what: str, bad: Sequence[object], known: Sequence[str], where: str = "") -> UnknownNameError:
