@@ -18,7 +18,7 @@ from precision_runtime.options import with_dtypes
 from pytest_precision.values import Values
 
 if TYPE_CHECKING:
-    from precision_runtime import Ledger, StepResult
+    from precision_runtime import Headroom, Ledger, StepResult
     from precision_runtime.gates import Gate
     from precision_runtime.lost import LostUpdates
     from precision_runtime.plan import Plan
@@ -98,6 +98,52 @@ class PrecisionContext(Values):
 
             report = repaired(report, f, args, asked, self._before, self._originals)
         return self._judge(report)
+
+    def explore(
+        self,
+        f: Callable[..., Any],
+        *inputs: Any,
+        low: float = -8.0,
+        high: float = 8.0,
+        max_examples: int = 50,
+        seed: int = 0,
+        gradients: bool | None = None,
+        budget: float | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        name: str | None = None,
+    ) -> Report:
+        """Search for inputs on which ``f`` fails, by Hypothesis, and judge each as ``check`` does.
+
+        Each of ``inputs`` is a Hypothesis strategy, a shape (a tuple of sizes, for tensors with awkward values in
+        ``low`` … ``high``), or a value that stays as it is. The same ``seed`` looks at the same inputs.
+        Returns the report of the one that came nearest to failing; raises ``AssertionError`` where one fails, with the
+        report on the smallest input that was found to fail in the same way, and a test to paste. Raises
+        ``UnsupportedError`` with what to install where Hypothesis is missing.
+        """
+        __tracebackhide__ = True
+        from pytest_precision.exploring import explore
+
+        asked = self._asked_of(gradients, budget)
+        with self._applicable():
+            report, text = explore(
+                f, inputs, low, high, max_examples, seed, dict(kwargs or {}), self._judged, name, asked
+            )
+        return self._judge(report, text)
+
+    def headroom(self, f: Callable[..., Any], *args: Any, at_least: int | None = None, **options: Any) -> Headroom:
+        """Bits of scale that are left in this lane until something fails; see ``precision_runtime.headroom``.
+
+        ``at_least``: raises ``AssertionError`` with the table where there are fewer.
+        """
+        __tracebackhide__ = True
+        from precision_runtime.ranging import headroom
+
+        asked = self._asked_of(options.pop("gradients", None), options.pop("budget", None))
+        with self._applicable():
+            found = headroom(f, *args, mode=self._judged, **asked, **options)
+        if at_least is not None and found.bits < at_least:
+            raise AssertionError(f"{at_least} bits of headroom are asked for, and there are {found.bits}:\n{found}")
+        return found
 
     def compare(self, actual: Any, reference: Any, budget: float | None = None) -> Report:
         """Judge a tensor (or a nest of them) against a reference by the mode's own rounding.
@@ -205,9 +251,19 @@ class PrecisionContext(Values):
                 raise
             pytest.skip(f"{self.mode} on {self.accelerator}: {error}")
 
-    def _judge(self, report: Report) -> Report:
+    def _asked_of(self, gradients: bool | None, budget: float | None) -> dict[str, Any]:
+        """What every audit of this test is asked: the marker's wishes where the call has none."""
+        return {
+            "accelerator": self.accelerator,
+            "gradients": self.judges_gradients if gradients is None else gradients,
+            "budget": self.budget if budget is None else budget,
+            "originals": self._originals,
+            "options": self.runtime.strategy.options,
+        }
+
+    def _judge(self, report: Report, more: str = "") -> Report:
         __tracebackhide__ = True
         self._record(report)
         if not report.ok:
-            raise AssertionError(str(report))
+            raise AssertionError(f"{report}\n{more}" if more else str(report))
         return report

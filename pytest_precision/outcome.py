@@ -27,6 +27,8 @@ class Outcome:
     accelerator: str
     status: str = ""
     runs: str = ""
+    before: float | None = None  # lost bits in the baseline
+    worse: bool = False  # it failed because it loses more than in the baseline
     checks: list[dict[str, Any]] = field(default_factory=list)  # precision_runtime's Report.to_dict(), in order
 
     def to_dict(self) -> dict[str, Any]:

@@ -54,8 +54,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     """Put what the test found on its reports, as plain data."""
     report = yield
     if FIXTURE in getattr(item, "fixturenames", ()):
+        from pytest_precision.baseline import judge
         from pytest_precision.outcome import attach
 
+        judge(item, report)
         attach(item, report)
     return report
 

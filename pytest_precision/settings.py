@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
+
+from pytest_precision.files import FILES, Files, add_files, parse_files
 
 if TYPE_CHECKING:
     from pytest_precision.lanes import Selection
@@ -29,7 +31,8 @@ DEFAULT_BUDGET = 2.0  # bits: an excess of 4, calibrated on healthy modules
 class Settings:
     """What command line and ini say, parsed once.
 
-    ``lanes`` and ``require`` are None where not given; empty ``accelerators`` leave them to the machine.
+    ``lanes`` and ``require`` are None where not given; empty ``accelerators`` leave them to the machine. ``files`` are
+    the reports to write, and the baseline to compare with.
     """
 
     matrix: bool
@@ -40,6 +43,7 @@ class Settings:
     budget: float
     collect_only: bool
     bisect: bool = False
+    files: Files = field(default_factory=Files)
 
 
 SETTINGS = pytest.StashKey[Settings]()
@@ -72,6 +76,7 @@ def add_options(parser: pytest.Parser) -> None:
         default=None,
         help="where a check fails, look for the smallest set of modules to keep in FP32 so that it holds",
     )
+    add_files(group, parser)
     parser.addini("precision_modes", "modes of tests that name none (default: mixed)", "args", DEFAULT_MODES)
     parser.addini("precision_accelerators", "accelerators of --precision-matrix (default: all here)", "args", [])
     parser.addini("precision_budget", "bits that may be lost beyond what a mode must lose (default: 2)", "string", None)
@@ -82,8 +87,10 @@ def configure(config: pytest.Config) -> None:
     """Register markers and the board; check the values now where some were given, so that a typo stops the run."""
     for line in MARKERS:
         config.addinivalue_line("markers", line)
-    if _given(config):
-        settings_of(config)
+    if _given(config) and settings_of(config).files.baseline is not None:
+        from pytest_precision.baseline import baseline_of
+
+        baseline_of(config)
     if not hasattr(config, "workerinput") and not config.getoption("collectonly"):
         from pytest_precision.report.board import Board
 
@@ -98,12 +105,13 @@ def settings_of(config: pytest.Config) -> Settings:
 
 
 def _given(config: pytest.Config) -> bool:
-    if any(config.getoption(name) is not None for name in ("precision_lanes", "precision_require")):
+    if any(config.getoption(name) is not None for name in ("precision_lanes", "precision_require", *FILES)):
         return True
     return any(
         config.getini(f"precision_{key}") != default
-        for key, default in (("modes", DEFAULT_MODES), ("accelerators", []), ("budget", None), ("require", []))
-    )
+        for key, default in (("modes", DEFAULT_MODES), ("accelerators", []), ("budget", None), ("require", []),
+                             ("baseline", None))
+    )  # fmt: skip
 
 
 def _parse(config: pytest.Config) -> Settings:
@@ -129,6 +137,7 @@ def _parse(config: pytest.Config) -> Settings:
         budget=_budget(config, problems),
         collect_only=bool(config.getoption("collectonly")),
         bisect=bool(config.getoption("precision_bisect")),
+        files=parse_files(config, problems),
     )
     if problems:
         raise pytest.UsageError(problems.text())

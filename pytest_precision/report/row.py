@@ -32,9 +32,9 @@ class Row:
             self.verdict, self.reason = "skip", _reason(report)
         elif report.failed:
             if report.when == "call":
-                self.verdict = "FAIL"
+                self.verdict, self.reason = "FAIL", _first_line(report)
             elif self.verdict in ("", "pass"):
-                self.verdict = "error"
+                self.verdict, self.reason = "error", _first_line(report)
         elif report.when == "call":
             self.verdict = "pass"
 
@@ -84,9 +84,33 @@ class Row:
         return max((float(check["lost_bits"]) for check in self.checks), default=None)
 
     @property
+    def before(self) -> float | None:
+        """Lost bits in the baseline; None without one, or where the lane is new."""
+        before = self.data.get("before")
+        return None if before is None else float(before)
+
+    @property
+    def worse(self) -> bool:
+        """Whether the test failed because it loses more than in the baseline."""
+        return bool(self.data.get("worse"))
+
+    @property
+    def figure(self) -> float | None:
+        """Lost bits, where they are what the verdict rests on: not of a test that failed for another reason."""
+        if not self.ran or (self.verdict == "FAIL" and self.failed_check is None and not self.worse):
+            return None
+        return self.lost_bits
+
+    @property
     def failed_check(self) -> Mapping[str, Any] | None:
         """The first check that found something."""
         return next((check for check in self.checks if check["findings"]), None)
+
+
+def _first_line(report: pytest.TestReport) -> str:
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = str(getattr(crash, "message", None) or report.longrepr or "")
+    return text.strip().partition("\n")[0]
 
 
 def _reason(report: pytest.TestReport) -> str:

@@ -13,7 +13,6 @@ import pytest
 
 from precision_runtime.modes import MODES
 from precision_runtime.record import Report, bits
-from pytest_precision.report.demands import unmet
 from pytest_precision.report.row import Row
 
 if TYPE_CHECKING:
@@ -29,9 +28,14 @@ WORDS = {"pass": "hold", "FAIL": "fail", "error": "in error", "crash": "crashed"
          "xpass": "unexpectedly hold", "skip": "skipped"}  # fmt: skip
 
 
-def summarise(reporter: pytest.TerminalReporter, config: pytest.Config, rows: Sequence[Row]) -> None:
-    """Write the section. Without any row, only what the run owes."""
-    demands = unmet(config, rows)
+def summarise(
+    reporter: pytest.TerminalReporter,
+    config: pytest.Config,
+    rows: Sequence[Row],
+    demands: Sequence[str],
+    notes: Sequence[str],
+) -> None:
+    """Write the section. Without any row, only what the run owes; ``notes`` are on the baseline and files written."""
     if not rows and not demands:
         return
     reporter.section("precision", sep="=")
@@ -44,6 +48,8 @@ def summarise(reporter: pytest.TerminalReporter, config: pytest.Config, rows: Se
             reporter.write_line(text)
         for line in [*skips(rows), *findings(rows)]:
             reporter.write_line(line)
+    for line in notes:
+        reporter.write_line(line)
     for line in demands:
         reporter.write_line(f"precision: {line}", red=True, bold=True)
 
@@ -60,7 +66,7 @@ def tables(rows: Sequence[Row], width: int, colour: bool, everything: bool) -> l
     """The matrix as text; lanes that do not fit beside each other go into further tables."""
     from rich.console import Console
 
-    lanes = _lanes(rows)
+    lanes = lanes_of(rows)
     cells = {(row.case, row.lane): row for row in rows}
     cases = sorted({row.case for row in rows})
     shown = cases
@@ -115,12 +121,13 @@ def cell(row: Row | None) -> Text:
 
     if row is None:
         return Text("")
-    lost = row.lost_bits if row.verdict in ("pass", "FAIL", "xfail", "xpass") else None
-    if row.verdict == "FAIL" and row.failed_check is None:  # it failed for another reason than precision
-        lost = None
-    figure = "" if lost is None else f"{lost:.1f}"
-    words = figure if row.verdict == "pass" and figure else f"{row.verdict} {figure}".strip()
-    return Text(words or "?", style=STYLES[row.verdict])
+    return Text(word(row), style=STYLES[row.verdict])
+
+
+def word(row: Row) -> str:
+    """The same as plain text."""
+    figure = "" if row.figure is None else f"{row.figure:.1f}"
+    return (figure if row.verdict == "pass" and figure else f"{row.verdict} {figure}".strip()) or "?"
 
 
 def _table(cells: dict[tuple[str, str], Row], cases: Sequence[str], lanes: Sequence[str], rows: Sequence[Row]) -> Table:
@@ -166,7 +173,7 @@ def _fitting(columns: Mapping[str, int], room: int) -> Iterator[list[str]]:
     yield group
 
 
-def _lanes(rows: Iterable[Row]) -> list[str]:
+def lanes_of(rows: Iterable[Row]) -> list[str]:
     """Lanes in the order of the modes' table, the default accelerator's before others."""
     order = {mode: place for place, mode in enumerate(MODES)}
     lanes = {row.lane: (row.lane.partition("@")[2], order.get(row.mode, len(order))) for row in rows}

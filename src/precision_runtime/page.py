@@ -20,13 +20,13 @@ def check() -> None:
         raise UnsupportedError("pages of HTML need jinja2: pip install 'pytest-precision[html]'")
 
 
-def render(template: str, **values: Any) -> str:
-    """The page that ``template`` (a file of ``templates``) makes of ``values``. Text is escaped."""
+def render(template: str, folder: Path = TEMPLATES, **values: Any) -> str:
+    """The page that ``template`` (a file of ``folder``) makes of ``values``. Text is escaped."""
     check()
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
+        loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

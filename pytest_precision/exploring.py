@@ -1,0 +1,45 @@
+"""``precision_ctx.explore``: a search for failing inputs, what it found made as small as it can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from precision_runtime.auditing import audit
+from precision_runtime.exploring import inputs_of, search
+from precision_runtime.ranging.quickly import verdict
+from precision_runtime.record import Report
+from precision_runtime.shrinking import shrink
+
+# A failing example is small already: most of what can be left out is so after this many audits.
+AUDITS = 60
+
+
+def explore(
+    function: Callable[..., Any],
+    inputs: Sequence[Any],
+    low: float,
+    high: float,
+    max_examples: int,
+    seed: int,
+    kwargs: Mapping[str, Any],
+    mode: object,
+    name: str | None,
+    asked: Mapping[str, Any],
+) -> tuple[Report, str]:
+    """The report on the worst input that was found, and, where it fails, that input as text.
+
+    ``asked`` are the arguments of the audit that the test or its marker settled.
+    """
+    strategies = inputs_of(inputs, low, high)
+
+    def judge(args: tuple[Any, ...]) -> Report:
+        report = verdict(function, args, kwargs, mode, name=name, **asked)
+        # The search for the guilty op takes long, and may find that nothing fails after all.
+        return report if report.ok else audit(function, *args, mode=mode, kwargs=kwargs, name=name, **asked)
+
+    found = search(judge, strategies, max_examples=max_examples, seed=seed)
+    if found.report.ok:
+        return found.report, ""
+    small = shrink(function, found.args, kwargs, mode, audits=AUDITS, name=name, **asked)
+    return small.report, f"found by example {found.examples} of at most {max_examples} (seed {seed}); {small}"
