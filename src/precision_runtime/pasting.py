@@ -61,7 +61,7 @@ def source_of_test(
     defaults = {"accelerator": "cpu", "gradients": True, "budget": 2.0, "seed": 0}
     given = {**options, "seed": seed}
     call += [f"{k}={v!r}" for k, v in given.items() if v != defaults.get(k)]
-    lines += [f"report = audit({subject}, {', '.join(call)})", "assert report.ok, report"]
+    lines += [f"report = audit({subject}, {', '.join(call)})", "assert report.ok, str(report)"]
     told = [f"# {f.title()}" for f in report.findings[:1]]
     name = "".join(c if c.isalnum() else "_" for c in f"test_{subject}_holds_in_{mode}").lower()
     imports = [*writer.imports(), "import torch", "", "from precision_runtime import audit"]

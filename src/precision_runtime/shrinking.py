@@ -69,7 +69,8 @@ def shrink(
     it smaller, unless ``audits``, the most verdicts that may be asked for, ran out.
 
     ``source`` names the function ``name``; without one, by its own name where it has one, or else ``subject``: paste
-    the test where that name means the same function. The other arguments, and the errors, are ``audit``'s; raises
+    the test where that name means the same function. For inputs that no text can make (objects of your own), it is a
+    comment that says so. The other arguments, and the errors, are ``audit``'s; raises
     ``ConfigurationError`` where nothing fails.
     """
     parsed = parse_mode(mode, "shrink(mode=...)")
@@ -100,9 +101,12 @@ def shrink(
         if _key(report) == _key(first):
             break
     subject = name or _name_of(function)
-    source = source_of_test(
-        subject, parsed.name, search.inputs[0], search.inputs[1], search.draws, report, asked, search.seed
-    )
+    try:
+        source = source_of_test(
+            subject, parsed.name, search.inputs[0], search.inputs[1], search.draws, report, asked, search.seed
+        )
+    except ConfigurationError as error:  # what was found stands without it
+        source = f"# {error}\n"
     return Shrunk(
         search.inputs[0],
         search.inputs[1],
