@@ -81,8 +81,9 @@ def _tensor(
     notes: list[str] = []
     inf = zero = whole = 0
     if paid is not None:
-        inf, whole = paid.inf, paid.whole
-        zero = 0 if isinstance(target, str) else paid.zero  # how codes round is the format's price
+        inf = paid.inf
+        if isinstance(target, torch.dtype):  # how codes round is the format's price
+            zero, whole = paid.zero, paid.whole
         heavy = zero and (paid.heavy or place.kind == "buffer" or not tensor.dim())
         if inf:
             risks.append(f"{inf} of {elements} values become inf in {_name(counted)}")

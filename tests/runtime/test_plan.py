@@ -200,6 +200,22 @@ def test_under_autocast_the_weights_of_products_are_counted():
     assert not island.lossy
 
 
+def test_codes_are_judged_by_what_the_dtype_that_they_are_computed_in_can_hold():
+    model = nn.Sequential(nn.Linear(64, 64))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.arange(4096.0).view(64, 64))
+        model[0].weight[0, 1] = 1e-9
+    row = plan("nf4", model)["0.weight"]
+    assert (row.inf, row.zero, row.whole, row.lossy) == (0, 0, 0, False)
+    with torch.no_grad():
+        model[0].weight[0, 0] = 1e5
+    row = plan("nf4", model, compute_dtype="float16")["0.weight"]
+    assert (row.inf, row.lossy) == (1, True)
+    assert not torch.isfinite(
+        PrecisionRuntime("nf4", "cpu", compute_dtype="float16").setup(model)(torch.ones(1, 64))
+    ).all()
+
+
 def test_a_few_tiny_weights_do_not_make_a_row_lossy_but_in_a_buffer_they_do():
     model = net()
     with torch.no_grad():
