@@ -30,8 +30,8 @@ class ScaleAdvice:
         start = "" if self.needed <= _FIRST else f"; a scaler that starts at {_FIRST:g} grows to it in time"
         return (
             f"with the loss multiplied by {self.needed:g} = 2^{math.log2(self.needed):.0f}, {self.kept:.1%} of the "
-            f"gradients' norm is kept, and they stay finite up to {self.settles:g}, where a dynamic scaler settles"
-            f"{start}"
+            f"gradients' norm is kept, and they stay finite up to {self.settles:g}"
+            f"{', where a dynamic scaler settles' if self.settles < _LARGEST else ' and beyond'}{start}"
         )
 
 

@@ -180,6 +180,35 @@ def _broken(entry: Entry, evidence: Evidence) -> Cause | None:
     )
 
 
+def vanishes(low: Sequence[torch.Tensor], true: Sequence[torch.Tensor]) -> bool:
+    """Whether a gradient with these norms is zero in most of the steps in which the true one is not."""
+    pairs = [(float(a), float(b)) for a, b in zip(low, true, strict=False) if float(b) > 0.0]
+    return sum(a == 0.0 for a, _ in pairs) > MOST * len(pairs)
+
+
+def gone_finding(names: Sequence[str], low: Course, true: Course, suggestion: str | None) -> Finding:
+    """The finding for gradients that vanish, although the movement would not have been seen yet."""
+    most = max(names, key=lambda n: float(true.norms[n][0]))
+    gradient = true.first[most]
+    place = int(gradient.abs().argmax())
+    worst = Worst(
+        f"grad of {most}",
+        tuple(int(i) for i in torch.unravel_index(torch.tensor(place), gradient.shape)),
+        0.0,
+        float(gradient.reshape(-1)[place]),
+        0.0,
+        1.0,
+    )
+    others = f" ({len(names) - 1} more for the same reason)" if len(names) > 1 else ""
+    return Finding(
+        kind="underflow", where="backward", module=most.rpartition(".")[0], op=None, lost_bits=math.inf,
+        excess=math.inf,
+        message=f"the gradient of {most!r} is zero in most steps: its true values are below the smallest that the "
+        f"dtype holds{others}. A loss scale (16-mixed) or bfloat16 keeps them",
+        worst=worst, suggestion=suggestion,
+    )  # fmt: skip
+
+
 def gone_share(low: torch.Tensor | None, true: torch.Tensor | None) -> float:
     """The share of the true gradient's norm in elements that are zero in the mode."""
     if low is None or true is None or low.shape != true.shape or not bool(true.any()):

@@ -7,12 +7,13 @@ is computed from them are rounded alike step after step, so that errors add up; 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 
 from precision_runtime.auditing.dispatch import TrueDouble, plain_double
 from precision_runtime.auditing.masking import Masking
@@ -20,6 +21,24 @@ from precision_runtime.auditing.noise import Exact, Noise
 from precision_runtime.auditing.recurrent import noisy_states
 from precision_runtime.training.course import Observer, held
 from precision_runtime.tree import map_tensors
+
+
+@contextmanager
+def unscaled() -> Iterator[None]:
+    """Inside, every ``GradScaler`` is as one that is disabled: FP64 needs no loss scale.
+
+    What is done to gradients while they are scaled is a defect of the mode; with a scaler, FP64 would have it, too. And
+    a scaler that all runs share keeps the scale of the training in the mode.
+    """
+    setattr(GradScaler, "_enabled", property(lambda self: False, _keep))  # noqa: B010  # an instance's own, to mypy
+    try:
+        yield
+    finally:
+        delattr(GradScaler, "_enabled")  # noqa: B043
+
+
+def _keep(scaler: GradScaler, value: bool) -> None:
+    vars(scaler)["_enabled"] = value
 
 
 class Double(Observer):
@@ -36,6 +55,7 @@ class Double(Observer):
         mode = self._mode()
         mode.fallbacks = self.fallbacks
         stack.enter_context(mode)
+        stack.enter_context(unscaled())
         return stack
 
     def _mode(self) -> TrueDouble:

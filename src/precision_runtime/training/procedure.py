@@ -29,15 +29,19 @@ from precision_runtime.record import Finding, Remark, Report
 from precision_runtime.scaling import DynamicScaler
 from precision_runtime.scaling.history import StallWarning
 from precision_runtime.training.advice import advise
-from precision_runtime.training.causes import Cause, Evidence, cause_of, finding
+from precision_runtime.training.causes import Cause, Evidence, cause_of, finding, gone_finding, vanishes
 from precision_runtime.training.course import Course, gradients
 from precision_runtime.training.lesson import Lesson, lesson_of
-from precision_runtime.training.sheet import WALKS, Entry, entries_of, screen, settle, spread_of
+from precision_runtime.training.sheet import WALKS, Entry, entries_of, rms, screen, settle, spread_of
 from precision_runtime.training.trainings import LowRun, Trainings
-from precision_runtime.training.watching import Stored, Watch
+from precision_runtime.training.watching import MOST, Stored, Watch
 
+# Gradients below float32's normal range are lost in every mode.
+FLOOR = FORMATS["float32"].smallest_normal
 # FP8 layers round gradients to E5M2, which has a digit less than what they round the rest to.
 _BACK = {"float8_e4m3fn": "float8_e5m2"}
+# Trained weights, quantised in every forward pass: half a step of 1/127 of a row's largest value, 4 times its rms.
+_QUANTIZED_IN_TRAINING = {"int8-training": 2.0**-6}
 
 
 def audit_training(
@@ -136,6 +140,8 @@ class _Examination:
         except Exception as error:
             raise self._no_reference(error, course.steps) from error
         findings = [*self._not_applied(), *self._judge(low, course, true)]
+        told = " ".join(f.message for f in findings)
+        self.remarks += [Remark("hazard", text) for text in self._hazards(low) if text.rstrip(".") not in told]
         if self.trainings.fallbacks:
             names = ", ".join(sorted(self.trainings.fallbacks))
             self.remarks.append(Remark("reference", f"no FP64 kernel for {names}: computed in FP32 in the reference"))
@@ -216,7 +222,6 @@ class _Examination:
                     )
                 )
         if isinstance(low.optimizer, Optimizer):
-            self.remarks += [Remark("hazard", str(h)) for h in hazards(low.optimizer)]
             self.remarks += [Remark("hazard", text) for text in _idle_decay(low.optimizer)]
 
     def _not_applied(self) -> list[Finding]:
@@ -258,10 +263,11 @@ class _Examination:
             return samples[number, width]
 
         entries = entries_of(course, true, self._u(), set(course.end) - parameters)
+        vanished = self._vanished(course, true, sample)
         failed = screen(entries, self.limit, sample)
         stored: Mapping[str, Stored] = {}
         if failed:
-            watch = self._watched(failed, course.steps)
+            watch = self._watched(failed, course)
             stored = watch.stored
             failed = [e for e in failed if e.kind != "loss" or _local(e, watch)]
             failed = settle(self._walked(failed, course, stored), self.limit, sample)
@@ -288,15 +294,33 @@ class _Examination:
             cause = cause_of(entry, evidence)
             first = groups.setdefault((cause.order, cause.kind, cause.where), cause)
             causes.setdefault(first, []).append(entry)
-        return [
+        found = [
             finding(entries, cause, self.limit, self._tried(cause, entries, true))
             for cause, entries in sorted(causes.items(), key=lambda item: item[0].order)
         ]
+        if vanished and all((f.kind, f.where) != ("underflow", "backward") for f in found):
+            found.insert(0, gone_finding(vanished, course, true, self._scale_advice(true)))
+        return found
+
+    def _vanished(self, course: Course, true: Course, sample: Callable[[int, float], Course]) -> list[str]:
+        """Parameters whose gradient is zero in most steps, because its true values are below the format's smallest.
+
+        A finding however small the movement would have been: optimizers divide a gradient's size out.
+        """
+        smallest = self.mode.format.smallest_subnormal
+        names = [n for n in true.norms if n in course.norms and vanishes(course.norms[n], true.norms[n])]
+        names = [n for n in names if FLOOR < rms(true.first[n]) < smallest] if self.mode.low else []
+        if not names:
+            return []
+        other = sample(0, 1.0).first
+        return [n for n in names if n in other and rms(other[n] - true.first[n]) <= MOST * rms(true.first[n])]
 
     def _u(self, back: bool = False) -> float:
         """What the mode's rounding costs one result, relative to it; as in ``audit``, a sum's terms in full modes."""
         name = self.mode.products or self.mode.compute
         u = FORMATS[_BACK.get(name, name) if back else name].unit_roundoff
+        if self.mode.weights in _QUANTIZED_IN_TRAINING:
+            return _QUANTIZED_IN_TRAINING[self.mode.weights]
         return u if self.mode.low or self.mode.products else 2.0 * u * math.sqrt(1.0 + self.seen.frames[0].terms / 2.0)
 
     def _noise(self, number: int, width: float) -> tuple[Noise, Noise]:
@@ -318,17 +342,17 @@ class _Examination:
             entry.spread = max(entry.spread, spread_of(entry, walking))
         return [e for e in failed if e.excess > self.limit]
 
-    def _watched(self, failed: list[Entry], steps: int) -> Watch:
+    def _watched(self, failed: list[Entry], course: Course) -> Watch:
         """What became of the values that were stored in half, in the same training once more."""
         watches: list[Watch] = []
-        forward = any(e.kind in ("buffer", "loss") for e in failed)
+        forward = any(e.kind == "loss" or (e.kind != "state" and e.name not in course.norms) for e in failed)
 
         def observe(model: nn.Module, optimizer: Any) -> Watch:
             watches.append(Watch(self.lesson, model, optimizer, self.trainings.masking, forward))
             return watches[0]
 
         with LowWatch(getattr(torch, self.mode.compute), self.trainings.masking):
-            self.trainings.low(observe, steps=steps).runner.run()
+            self.trainings.low(observe, steps=course.steps).runner.run()
         return watches[0]
 
     # -- values that are not finite ---------------------------------------------------------------------------------
@@ -346,7 +370,7 @@ class _Examination:
         who = {
             "loss": "the loss is not finite",
             "gradient": f"the gradient of {trouble.name!r} is not finite though the loss is",
-            "update": f"the optimizer's step makes parameter {trouble.name!r} inf or NaN though every gradient is finite",
+            "update": f"the optimizer's step makes {trouble.name!r} inf or NaN though every gradient is finite",
         }[trouble.phase]
         told = "".join(f" {text}." for text in self._hazards(low)) if trouble.phase == "update" else ""
         born = Finding(
@@ -428,8 +452,8 @@ class _Examination:
                 worst = max(worst, again[entry.name].excess)
         before = max(e.excess for e in entries)
         return (
-            f"with PrecisionRuntime({self.mode.name!r}, updates='kahan') it is {worst:.3g} times as far off as rounding "
-            f"explains, without {before:.3g} times"
+            f"with PrecisionRuntime({self.mode.name!r}, updates='kahan') it is {worst:.3g} times as far off as "
+            f"rounding explains, without {before:.3g} times"
         )
 
 

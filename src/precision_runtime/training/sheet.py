@@ -147,7 +147,7 @@ def settle(entries: Sequence[Entry], limit: float, sample: Sampler) -> list[Entr
 
 
 def spread_of(entry: Entry, samples: Sequence[Course]) -> float:
-    """rms over samples and elements of the distance from the reference; inf where one has diverged."""
+    """The distance from the reference, rms over samples and elements; inf where a sample has diverged."""
     total = 0.0
     for course in samples:
         value = _value(entry, course)

@@ -1,7 +1,7 @@
 """A look at what happens when values are stored: which part of each update rounding took away, and where it went.
 
 Only where a verdict is open: every update is made once more in FP64, on copies of the optimizer and its hidden state,
-and every forward pass that writes a buffer once more on a copy of the model.
+and every forward pass that writes a buffer or an average once more on a copy of the model.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Stored:
     @classmethod
     def like(cls, t: torch.Tensor) -> Stored:
         """Nothing yet."""
-        return cls(*(torch.zeros(t.shape, dtype=torch.float64, device=t.device) for _ in range(4)))
+        total, squares, lost, meant = (torch.zeros(t.shape, dtype=torch.float64, device=t.device) for _ in range(4))
+        return cls(total, squares, lost, meant)
 
     @property
     def walk(self) -> float:
@@ -119,7 +120,7 @@ class Watch(Observer):
         self._shadow = {}
         if not self._forward:
             return
-        now = {name: t for name, t in _half(model) if not isinstance(t, nn.Parameter)}
+        now = {name: t for name, t in _half(model) if not t.requires_grad}  # averages of weights, too
         random = RandomState.capture()
         with suppress(Exception):
             twin = copy.deepcopy(model)
