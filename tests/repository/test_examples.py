@@ -52,6 +52,14 @@ def test_a_real_model_in_six_native_modes_and_two_others(name: str, expected: di
     assert outcomes(output) == expected, output
 
 
+def test_headroom_and_a_search_fail_where_range_is_short() -> None:
+    status, output = run("headroom")
+    assert status == pytest.ExitCode.TESTS_FAILED, output
+    assert outcomes(output) == {"passed": 2, "failed": 2}, output
+    assert "5 bits of headroom are asked for, and there are 4" in output
+    assert re.search(r"found by example \d+ of at most 50 \(seed 0\); shrunk from 32 elements to 1", output), output
+
+
 @pytest.mark.slow
 def test_all_real_models_in_every_mode() -> None:
     status, output = run("real_models", "--precision-matrix")
