@@ -36,7 +36,8 @@ def main() -> None:
         file = Path(folder, "run.json")
         command = [
             sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "examples/real_models",
-            f"--seeds={options.seeds}", f"--precision-lanes={options.lanes}", f"--precision-json={file}", *(["-k", options.k] if options.k else []),
+            f"--seeds={options.seeds}", f"--precision-lanes={options.lanes}", f"--precision-json={file}",
+            *(["-k", options.k] if options.k else []),
         ]  # fmt: skip
         subprocess.run(command, cwd=ROOT, check=False, capture_output=True)
         rows = json.loads(file.read_text(encoding="utf-8"))["rows"]

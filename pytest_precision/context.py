@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from precision_runtime import PrecisionRuntime, Report, environment
 from precision_runtime.auditing import Originals, References
-from precision_runtime.errors import NothingToSwapError
+from precision_runtime.errors import ConfigurationError, NothingToSwapError
 from precision_runtime.modes import MODES
 from precision_runtime.options import with_dtypes
 from pytest_precision.values import Values
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from precision_runtime.lost import LostUpdates
     from precision_runtime.plan import Plan
     from pytest_precision.pristine import Picture
+
+
+_TRAINED_WITH = ("islands", "scaler")
 
 
 class PrecisionContext(Values):
@@ -45,6 +48,8 @@ class PrecisionContext(Values):
         bisect: bool = False,
     ) -> None:
         self._bisect = bisect
+        self._options = dict(runtime or {})
+        self._given = dict(runtime or {})
         self._before: dict[int, Picture] = {}
         self._asked = asked  # whether the test names this mode; a mode that only the matrix tries may not apply
         self.accelerator = accelerator
@@ -130,6 +135,35 @@ class PrecisionContext(Values):
             )
         return self._judge(report, text)
 
+    def train(
+        self,
+        make_model: Callable[[], nn.Module],
+        make_optimizer: Callable[[Any], Any],
+        loss_fn: Callable[[Any, Any], torch.Tensor],
+        batches: Iterable[Any],
+        *,
+        steps: int | None = None,
+        step_fn: Callable[[Any, Any, Any], Any] | None = None,
+        budget: float | None = None,
+        seed: int = 0,
+        name: str | None = None,
+    ) -> Report:
+        """Train in the mode and in FP64, and judge where weights, buffers and losses have come to.
+
+        The arguments are those of ``precision_runtime.audit_training``. Returns the report; raises ``AssertionError``
+        with its text where something is found.
+        """
+        __tracebackhide__ = True
+        from precision_runtime.training import audit_training
+
+        with self._applicable():
+            report = audit_training(
+                make_model, make_optimizer, loss_fn, batches, self.mode, self.accelerator, steps=steps,
+                step_fn=step_fn, runtime=self._options, budget=self.budget if budget is None else budget, seed=seed,
+                name=name,
+            )  # fmt: skip
+        return self._judge(report)
+
     def headroom(self, f: Callable[..., Any], *args: Any, at_least: int | None = None, **options: Any) -> Headroom:
         """Bits of scale that are left in this lane until something fails; see ``precision_runtime.headroom``.
 
@@ -144,6 +178,38 @@ class PrecisionContext(Values):
         if at_least is not None and found.bits < at_least:
             raise AssertionError(f"{at_least} bits of headroom are asked for, and there are {found.bits}:\n{found}")
         return found
+
+    def train(
+        self,
+        make_model: Callable[[], nn.Module],
+        make_optimizer: Callable[[Any], Any],
+        loss_fn: Callable[[Any, Any], torch.Tensor],
+        batches: Iterable[Any],
+        *,
+        budget: float | None = None,
+        **options: Any,
+    ) -> Report:
+        """Train in the mode and in FP64 and judge where it has led, as ``precision_runtime.audit_training`` does.
+
+        Returns the report; raises ``AssertionError`` with its text where something is found. Of the marker's
+        ``runtime`` it takes ``islands`` and ``scaler``, and raises ``ConfigurationError`` for what it would ignore.
+        """
+        __tracebackhide__ = True
+        from precision_runtime import audit_training
+
+        ignored = sorted(set(self._given) - set(_TRAINED_WITH))
+        if ignored:
+            raise ConfigurationError(
+                f"precision_ctx.train takes {' and '.join(_TRAINED_WITH)} of the marker's runtime, not "
+                f"{', '.join(ignored)}: its runtimes would not be what was asked for. Leave them out for this test"
+            )
+        budget = self.budget if budget is None else budget
+        with self._applicable():
+            report = audit_training(
+                make_model, make_optimizer, loss_fn, batches,
+                **{"mode": self._judged, "accelerator": self.accelerator, "budget": budget, **self._given, **options},
+            )  # fmt: skip
+        return self._judge(report)
 
     def compare(self, actual: Any, reference: Any, budget: float | None = None) -> Report:
         """Judge a tensor (or a nest of them) against a reference by the mode's own rounding.

@@ -281,3 +281,30 @@ def test_it(precision_ctx):
     assert precision_ctx.setup(model, strict=True, allow="table") is model
 """
     ).assert_outcomes(passed=1)
+
+
+TRAIN = """
+@pytest.mark.precision("bf16-true", "bf16-mixed"{more})
+def test_it(precision_ctx):
+    torch.manual_seed(0)
+    batches = [torch.randn(16, 8) for _ in range(4)]
+    report = precision_ctx.train(
+        lambda: nn.Linear(8, 1), lambda m: torch.optim.AdamW(m.parameters(), lr=1e-4),
+        lambda m, batch: (m(batch) - 1).square().mean(), batches, steps=20,
+    )
+    assert report.mode == precision_ctx.mode
+"""
+
+
+def test_a_training_is_judged_in_the_lane(run):
+    result = run(TRAIN.format(more=""))
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["E  *training Linear for 20 steps fails in bf16-true*", "*1 hold, 1 fail*"])
+
+
+def test_a_training_refuses_what_it_would_ignore(run):
+    result = run(TRAIN.format(more=', runtime={"ignore_modules": "x"}'))
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines(
+        ["*precision_ctx.train takes islands and scaler of the marker*, not ignore_m*"]
+    )
