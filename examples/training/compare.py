@@ -59,7 +59,8 @@ def plot(seen: dict[str, list[dict[str, Any]]], path: Path) -> None:
     lost.set(ylabel="updates lost (%)", xlabel="step")
     for axes in (losses, scales, lost):
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.get_legend_handles_labels()[0]:  # no mode with a scaler, no line
+            axes.legend()
     figure.savefig(path)
     pyplot.close(figure)
 
