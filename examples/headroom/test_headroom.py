@@ -2,9 +2,9 @@
 
     pytest examples/headroom
 
-Two of the four tests fail, as they should: read what they say. ``Attention`` scales its scores after the product, as the
-formula has it, and has 4 bits left: with inputs 2^5 times larger the product leaves float16's range, and the first sign
-of that in a training would be a loss of NaN. ``ScaledFirst`` scales the queries instead: the same function, with a
+Two of the four tests fail, as they should: read what they say. ``Attention`` scales its scores after the product, as
+the formula has it, and has 4 bits left: with inputs 2^5 times larger the product leaves float16's range, and the first
+sign of that in a training would be a loss of NaN. ``ScaledFirst`` scales the queries instead: the same function, with a
 product 8 times smaller, so that inputs may be twice as large. ``softplus`` fails for inputs that a search finds.
 """
 
