@@ -48,7 +48,6 @@ class PrecisionContext(Values):
         bisect: bool = False,
     ) -> None:
         self._bisect = bisect
-        self._options = dict(runtime or {})
         self._given = dict(runtime or {})
         self._before: dict[int, Picture] = {}
         self._asked = asked  # whether the test names this mode; a mode that only the matrix tries may not apply
@@ -134,35 +133,6 @@ class PrecisionContext(Values):
                 f, inputs, low, high, max_examples, seed, dict(kwargs or {}), self._judged, name, asked
             )
         return self._judge(report, text)
-
-    def train(
-        self,
-        make_model: Callable[[], nn.Module],
-        make_optimizer: Callable[[Any], Any],
-        loss_fn: Callable[[Any, Any], torch.Tensor],
-        batches: Iterable[Any],
-        *,
-        steps: int | None = None,
-        step_fn: Callable[[Any, Any, Any], Any] | None = None,
-        budget: float | None = None,
-        seed: int = 0,
-        name: str | None = None,
-    ) -> Report:
-        """Train in the mode and in FP64, and judge where weights, buffers and losses have come to.
-
-        The arguments are those of ``precision_runtime.audit_training``. Returns the report; raises ``AssertionError``
-        with its text where something is found.
-        """
-        __tracebackhide__ = True
-        from precision_runtime.training import audit_training
-
-        with self._applicable():
-            report = audit_training(
-                make_model, make_optimizer, loss_fn, batches, self.mode, self.accelerator, steps=steps,
-                step_fn=step_fn, runtime=self._options, budget=self.budget if budget is None else budget, seed=seed,
-                name=name,
-            )  # fmt: skip
-        return self._judge(report)
 
     def headroom(self, f: Callable[..., Any], *args: Any, at_least: int | None = None, **options: Any) -> Headroom:
         """Bits of scale that are left in this lane until something fails; see ``precision_runtime.headroom``.

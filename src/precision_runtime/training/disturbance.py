@@ -34,7 +34,7 @@ def unscaled() -> Iterator[None]:
     try:
         yield
     finally:
-        delattr(GradScaler, "_enabled")  # noqa: B043
+        delattr(GradScaler, "_enabled")
 
 
 def _keep(scaler: GradScaler, value: bool) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from precision_runtime import environment
 from precision_runtime.accelerators import resolve
 from precision_runtime.auditing.dispatch import LowWatch
 from precision_runtime.auditing.failing import error_finding, first_line, user_line
@@ -66,7 +67,8 @@ def audit_training(
     ``step()``), ``loss_fn(model, batch)`` the loss; each is called again for every run, with the same random numbers.
     ``step_fn(model, optimizer, loss)`` stands for backward and step where given, with a scaler and clipping of its own;
     otherwise a ``PrecisionRuntime`` does both. Where ``step_fn`` does not step, gradients accumulate. ``batches`` are
-    gone through once, or, with ``steps``, for so many steps and from the beginning again. State that lives outside of
+    gone through once, or, with ``steps``, for so many steps and from the beginning again. ``scaler`` and ``islands``
+    are as ``PrecisionRuntime`` takes them. State that lives outside of
     what these functions make is shared by all runs: make a ``GradScaler`` or a scheduler with the model or optimizer.
 
     Weights, buffers, optimizer state and losses are ranked among FP64 trainings that are disturbed by one unit
@@ -84,9 +86,10 @@ def audit_training(
     if not lane.ok:
         raise UnsupportedError(f"{parsed} on {lane.accelerator} cannot be audited here: {lane.reason}")
     parsed, device = placed(parsed, lane.accelerator).mode, resolve(lane.accelerator)
-    trainings = Trainings(lesson, parsed, lane.accelerator, scaler, islands, Masking(parsed.format))
+    options = {"scaler": scaler, "islands": islands}
+    trainings = Trainings(lesson, parsed, lane.accelerator, device, options, Masking(parsed.format))
     before = torch.get_default_dtype()
-    with seeded(seed, device), torch.enable_grad(), _alone(), _quiet():
+    with seeded(seed, device), torch.enable_grad(), _alone(), _quiet(), environment.ignored():
         try:
             examination = _Examination(lesson, parsed, trainings, budget, name)
             report = examination.report()
@@ -162,7 +165,7 @@ class _Examination:
         run = self._run()
         # Where every step was skipped there is nothing to judge yet: begin where a scaler comes to in time.
         while (
-            isinstance(run, LowRun) and self.trainings.scaler is None and self.mode.scaled
+            isinstance(run, LowRun) and self.trainings.options["scaler"] is None and self.mode.scaled
             and self.lesson.step_fn is None and not any(run.runner.course.taken) and run.runtime.scaler.scale > 1.0
         ):  # fmt: skip
             run = self._run(scaler=DynamicScaler(run.runtime.scaler.scale))

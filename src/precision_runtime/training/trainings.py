@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from precision_runtime.training.course import Course, Observer, Runner, Verbs, h
 from precision_runtime.training.disturbance import Disturbed, Double
 from precision_runtime.training.gatekeeper import Stand
 from precision_runtime.training.lesson import Lesson
+from precision_runtime.tree import map_tensors
 
 _SINGLE = {torch.float64: torch.float32, torch.complex128: torch.complex64}
 
@@ -47,8 +47,8 @@ class Trainings:
     lesson: Lesson
     mode: Mode
     accelerator: str
-    scaler: object
-    islands: object
+    device: torch.device
+    options: Mapping[str, Any]  # what else the runtime is given
     masking: Masking
     truth: dict[str, torch.Tensor] = field(default_factory=dict)
     frozen: dict[str, torch.Tensor] = field(default_factory=dict)  # what quantised layers multiply by, in FP64
@@ -88,6 +88,9 @@ class Trainings:
                 t.data = value.to(t.device, WIDE.get(value.dtype, value.dtype) if wide else value.dtype, copy=True)
         return model
 
+    def _here(self, batch: Any) -> Any:
+        return batch if self.device.type == "cpu" else map_tensors(lambda t: t.to(self.device), batch)
+
     def _optimizer(self, model: nn.Module) -> Any:
         reseed(self.lesson.seed)
         optimizer = self.lesson.make_optimizer(model)
@@ -102,11 +105,10 @@ class Trainings:
         scaler: object = None, steps: int | None = None, updates: object = None,
     ) -> LowRun:  # fmt: skip
         """A training in the mode, or another one; ``observe`` makes what looks on."""
-        options: dict[str, Any] = {} if updates is None else {"updates": updates}
-        if mode is None and (scaler or self.scaler) is not None:
-            options["scaler"] = copy.deepcopy(scaler or self.scaler)  # no run is to see another's scale
-        if mode is None:
-            options["islands"] = self.islands
+        options = dict(self.options) if mode is None else {}
+        options |= {name: value for name, value in (("scaler", scaler), ("updates", updates)) if value is not None}
+        if "scaler" in options:
+            options["scaler"] = copy.deepcopy(options["scaler"])  # no run is to see another's scale
         runtime = PrecisionRuntime(mode or self.mode, accelerator=self.accelerator, **options)
         double = runtime.mode.params == "float64"
         model = self._start(wide=False)
@@ -118,7 +120,7 @@ class Trainings:
         verbs = Verbs(
             runtime.backward,
             lambda *args: runtime.step(stepped, *args),
-            (lambda batch: batch) if double else partial(cast_tree, table=_SINGLE),
+            self._here if double else lambda batch: cast_tree(self._here(batch), _SINGLE),
         )
         observer = None if observe is None else observe(model, optimizer)
         if mode is None:
@@ -153,7 +155,7 @@ class Trainings:
         """A training in FP64, for as many steps as ``like`` has and skipping what it skipped. With noise for what is
         computed forward, and for gradients, it is disturbed; with ``walks`` so is what it stores.
         """
-        model = self._start(wide=True)
+        model = self._start(wide=True).to(self.device)
         for path, weight in self.frozen.items():
             parameter = model.get_parameter(path)
             parameter.data = weight.clone()
@@ -170,7 +172,7 @@ class Trainings:
         def step(*args: Any) -> Any:
             return optimizer.step(*args)  # looked up late: a gatekeeper will stand there
 
-        verbs = Verbs(lambda loss: loss.backward(), step, widen_tree)
+        verbs = Verbs(lambda loss: loss.backward(), step, lambda batch: widen_tree(self._here(batch)))
         course = Runner(self.lesson, model, optimizer, verbs, observer, like, like.steps).run()
         self.fallbacks |= observer.fallbacks
         return course
