@@ -1,4 +1,4 @@
-"""What a function needs of a format, as plain data with its text. Imports no torch."""
+"""What a function needs of a format, as plain data with its text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a headroom measurement found, as plain data with its text. Imports no torch."""
+"""What a headroom measurement found, as plain data with its text."""
 
 from __future__ import annotations
 
