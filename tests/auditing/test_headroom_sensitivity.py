@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from precision_runtime import PrecisionRuntime, Sensitivity, audit, sensitivity
-from precision_runtime.errors import UnknownNameError
+from precision_runtime.errors import ConfigurationError, UnknownNameError
 from precision_runtime.formats import FORMATS
 from precision_runtime.ranging.emulation import emulate
 from precision_runtime.ranging.missing import _need
@@ -184,3 +184,9 @@ def test_what_is_missing_follows_from_what_holds(holds: tuple[bool, ...], need: 
 def test_an_unknown_family_is_refused() -> None:
     with pytest.raises(UnknownNameError, match="full"):
         sensitivity(mlp(), torch.randn(2, 16), families=["full"])
+
+
+def test_a_model_that_is_set_up_in_a_mode_is_refused() -> None:
+    model = PrecisionRuntime("16-true", accelerator="cpu").setup(mlp())
+    with pytest.raises(ConfigurationError, match="set up"):
+        sensitivity(model, torch.randn(2, 16))

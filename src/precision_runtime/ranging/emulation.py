@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from precision_runtime.auditing.discover import find_modules
 from precision_runtime.auditing.dispatch import LowWatch, TrueDouble
 from precision_runtime.auditing.noise import Noise
 from precision_runtime.auditing.observer import Observer, Plan, Step
@@ -29,7 +30,9 @@ from precision_runtime.auditing.runs import Run, execute, loss_gradient
 from precision_runtime.auditing.shadow import key_of, map_operands, tensors_of, written
 from precision_runtime.auditing.worlds import Worlds, clone, widen_tree
 from precision_runtime.casting import TO, cast_tree
+from precision_runtime.errors import ConfigurationError
 from precision_runtime.formats import FORMATS, Format
+from precision_runtime.forwarding import is_set_up
 from precision_runtime.modes import MODES, Mode
 from precision_runtime.ranging.grid import FULL_RANGE, round_to
 from precision_runtime.ranging.quickly import run_trial
@@ -93,8 +96,14 @@ def emulate(
     """Audit ``function`` in ``grid``, emulated on the CPU; the report's status says so. ``yardstick``: see ``carried``.
 
     ``figures`` has "error", the relative error (L2) of the outputs, and "expected_error", what disturbed FP64 runs
-    alone foretell of it. Raises as ``audit`` does.
+    alone foretell of it. Raises as ``audit`` does, and ``ConfigurationError`` for
+    models that are set up in a mode.
     """
+    if any(is_set_up(part) for root in find_modules(function, args, kwargs).values() for part in root.modules()):
+        raise ConfigurationError(
+            "a model that is set up has a mode of its own, which no other format can be emulated in: pass the model as "
+            "it was before PrecisionRuntime.setup"
+        )
     mode = carried(grid, autocast, yardstick)
     return run_trial(
         _EmulatedTrial, function, args, kwargs, mode, _carrier(grid, autocast), "cpu", "emulated", gradients, budget,
