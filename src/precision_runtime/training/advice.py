@@ -12,7 +12,7 @@ from precision_runtime.formats import Format
 
 # Gradients may lose elements that carry less than this share of their norm.
 _NEGLIGIBLE = 0.01
-_LARGEST = 2.0**40  # no scale beyond is tried
+_LARGEST = 2.0**64  # no scale beyond is tried
 _FIRST = 2.0**16  # where dynamic scalers start
 
 

@@ -33,6 +33,7 @@ class Gatekeeper:
             after()
             return result
 
+        vars(step).update(getattr(inner, "__dict__", {}))  # schedulers mark a step that they count
         optimizer.step = MethodType(step, optimizer)  # a bound method: torch's schedulers ask for its __func__
 
 

@@ -32,6 +32,7 @@ from precision_runtime.scaling.history import StallWarning
 from precision_runtime.training.advice import advise
 from precision_runtime.training.causes import Cause, Evidence, cause_of, finding, gone_finding, vanishes
 from precision_runtime.training.course import Course, gradients
+from precision_runtime.training.gatekeeper import clear
 from precision_runtime.training.lesson import Lesson, lesson_of
 from precision_runtime.training.sheet import WALKS, Entry, entries_of, rms, screen, settle, spread_of
 from precision_runtime.training.trainings import LowRun, Trainings
@@ -117,6 +118,7 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OptimizerWarning)
         warnings.simplefilter("ignore", StallWarning)
+        warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)`", UserWarning)  # after a skip
         yield
 
 
@@ -426,8 +428,10 @@ class _Examination:
     def _scale_advice(self, true: Course) -> str | None:
         form = self.mode.format
 
+        run = self.trainings.low(steps=1)
+
         def at(scale: float) -> Mapping[str, torch.Tensor]:
-            run = self.trainings.low(steps=1)
+            clear(run.model, run.optimizer)
             _, batch = self.lesson.batch(0)
             reseed(self.lesson.seed + 1)
             loss = self.lesson.loss_fn(run.model, run.runner.verbs.cast(batch))
