@@ -16,3 +16,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def no_job_on_github(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Suites that tests run write no summaries into that of the job which runs this suite."""
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)

@@ -35,11 +35,6 @@ def test_other(precision_ctx):
 FILES = ("--precision-json=out/p.json", "--precision-html=out/p.html", "--precision-summary=out/p.md")
 
 
-@pytest.fixture(autouse=True)
-def no_job(monkeypatch):
-    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
-
-
 class Page(HTMLParser):
     """The page's tables as texts, its links and ids, and what it would load from elsewhere."""
 
