@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -72,3 +73,20 @@ def test_the_command_gives_the_plain_script_its_mode(tmp_path: Path) -> None:
     assert done.stdout.startswith("PrecisionRuntime('bf16-mixed'")
     assert done.stderr == ""
     assert recorded(record)["mode"] == "bf16-mixed"
+
+
+@pytest.mark.slow
+def test_small_updates_that_are_not_lost_reach_float32_s_loss(main: Callable[..., None], tmp_path: Path) -> None:
+    record = tmp_path / "seen.json"
+    ways = ["32-true", "bf16-true", "bf16-true, stochastic", "bf16-true, Kahan"]
+    main("compare", "--steps", "100", "--seeds", "3", "--rate", "1e-3", "--ways", *ways, "--record", str(record))
+    finals = {way: [run["final"] for run in runs] for way, runs in recorded(record).items()}
+    spread = statistics.stdev(finals["32-true"])
+    # The same seed sees the same batches: differences within a seed are the mode's, and much smaller than the spread.
+    gaps = {
+        way: statistics.fmean(a - b for a, b in zip(values, finals["32-true"], strict=True))
+        for way, values in finals.items()
+    }
+    assert abs(gaps["bf16-true, stochastic"]) < spread / 4
+    assert abs(gaps["bf16-true, Kahan"]) < spread / 4
+    assert gaps["bf16-true"] > spread, "plain bf16-true is behind by more than seeds differ"

@@ -34,6 +34,10 @@ def test_it_has_every_module_of_both_packages(wheel: zipfile.ZipFile) -> None:
     assert {"pytest_precision/plugin.py", "precision_runtime/modes.py"} <= packed
 
 
+def test_it_has_the_pages_templates(wheel: zipfile.ZipFile) -> None:
+    assert "precision_runtime/templates/audit.html" in wheel.namelist()
+
+
 @pytest.mark.parametrize("package", ["pytest_precision", "precision_runtime"])
 def test_both_packages_say_that_they_are_typed(wheel: zipfile.ZipFile, package: str) -> None:
     assert f"{package}/py.typed" in wheel.namelist()

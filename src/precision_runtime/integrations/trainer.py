@@ -59,13 +59,8 @@ class TrainerPrecision(Base):
         """A batch, before any step sees it."""
         return data if self.runtime.mode.autocast else self.runtime.strategy.cast_inputs(data)
 
-    def pre_backward(self, tensor: torch.Tensor, module: Any) -> torch.Tensor:
-        """Call the hooks and callbacks with the loss as it is; ``backward`` scales it."""
-        result: torch.Tensor = super().pre_backward(tensor, module)
-        return result
-
     def backward(self, tensor: torch.Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Run the module's own ``backward``, which users override, on the scaled loss."""
+        """Run the module's own ``backward``, which users override, on the scaled loss. Hooks before it see it plain."""
         runtime = self.runtime
         runtime.scaler.open(runtime._optimizers)
         with runtime.strategy.backward():
