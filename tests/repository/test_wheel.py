@@ -36,6 +36,7 @@ def test_it_has_every_module_of_both_packages(wheel: zipfile.ZipFile) -> None:
 
 def test_it_has_the_pages_templates(wheel: zipfile.ZipFile) -> None:
     assert "precision_runtime/templates/audit.html" in wheel.namelist()
+    assert "pytest_precision/report/templates/matrix.html" in wheel.namelist()
 
 
 @pytest.mark.parametrize("package", ["pytest_precision", "precision_runtime"])
