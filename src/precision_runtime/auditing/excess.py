@@ -46,6 +46,7 @@ class Judgement:
     scale: float = 0.0  # rms(r)
     note: str = ""
     bound: bool = False  # the figures are upper bounds: no perturbed run was needed
+    alone: float | None = None  # the score of the judged run by itself, where replicas of it count, too
 
     @property
     def settled(self) -> bool:
@@ -142,6 +143,13 @@ class Pair:
     def spread(self, samples: Sequence[torch.Tensor]) -> float:
         """The rms distance of perturbed references from the reference."""
         return _spread(samples, self.reference)[1]
+
+    def farthest(self, allowed: float) -> Worst:
+        """The element that is farthest off, beside what was allowed."""
+        where = int(self.error.abs().argmax())
+        return Worst(
+            self.tensor, _unravel(where, self.shape), float(self.observed[where]), float(self.reference[where]), allowed
+        )
 
     def _result(
         self, excess: float, tail: float, size: torch.Tensor, allowed: torch.Tensor, sampled: bool, locate: float

@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from precision_runtime.auditing.calls import anchored, covers, is_wrapper, match
-from precision_runtime.auditing.excess import Judgement
+from precision_runtime.auditing.excess import Judgement, Pair
 from precision_runtime.auditing.failing import first_line
 from precision_runtime.auditing.recorder import Call
 from precision_runtime.auditing.references import Sample
 from precision_runtime.auditing.replays import Replays, Yardstick
+from precision_runtime.auditing.replicas import FEW, Replicas, replicated
 from precision_runtime.auditing.runs import Run
 from precision_runtime.auditing.sheet import WIDE, Sheet, Site, Verdict, input_name, values
 from precision_runtime.auditing.worlds import Worlds
@@ -32,7 +33,6 @@ MARGINS = (0.5, 0.75, 1.0)  # a score below this share of the limit is clear aft
 # runs disturbed by WIDE u are made, and their spread over WIDE is granted where it is larger. For everything smooth it
 # is the same spread.
 WIDE_SAMPLES = 12
-FEW = 64  # elements; a spread over fewer is too uncertain after one run
 # Under autocast an FP32 island costs nothing, so a function this much steeper than its operands' rounding is a
 # finding there: every repaired or innocent module measured is at most 16.8, every steep defect at least 32.7.
 AMPLIFICATION = 24.0
@@ -41,6 +41,9 @@ AMPLIFICATION = 24.0
 # move the result by a fourth of AMPLIFICATION. Healthy mixtures of experts: 2.3 to 3.0; a Gaussian process: 17.
 NARROW = 1 / 256
 NARROW_SAMPLES = 4
+# In a true mode steepness is the function's own nature, up to the point where no bit of the result is certain: runs
+# that are disturbed differ from it by half its size (in the rms), and the judged run is off by a fourth at least.
+VOID = 0.5
 
 Sampler = Callable[[int, float], Sample]  # the n-th perturbed run, disturbed by so many u
 
@@ -58,6 +61,7 @@ class Judge:
         self.true_grads = true_grads  # of the whole reference, by id of the low run's parameter
         self.reference = Run([])  # of the whole function, with what makes its perturbed runs
         self.sampler: Sampler | None = None
+        self.replicas: Replicas | None = None
 
     # -- the walk ---------------------------------------------------------------------------------------------------
 
@@ -72,7 +76,7 @@ class Judge:
         twin = twins.get(id(call))
         if is_wrapper(call):
             return self._visit_all(call.children, twins, enclosing)
-        sheet = self._sheet(call, twin) if twin is not None else None
+        sheet = self.sheet(call, twin) if twin is not None else None
         passed: dict[Site, Judgement] = {} if sheet is None else sheet.judge(self.yardstick.limit)
         if sheet is not None and not sheet.apart and all(self._passes(j) for j in passed.values()):
             failed = self._visit_all(call.children, twins, enclosing)
@@ -84,19 +88,19 @@ class Judge:
             def within(number: int, width: float) -> Sample:
                 return enclosing(number, width).inner[twin.name, twin.index]
 
-            judged = self.decide(sheet, within, failed)
+            judged = self.decide(sheet, within, failed, call)
             return failed | self._note(call, judged, sheet, failed, within)
         replay = self.replays.true(call)
         if replay is None:
             return self._visit_all(call.children, twins, enclosing)
         root = replay.calls[0]
         inner = match(call.subtree()[1:], replay.calls[1:])
-        sheet = self._sheet(call, root, replay)
+        sheet = self.sheet(call, root, replay)
         sampler = functools.lru_cache(None)(functools.partial(self.replays.sample, call))
         failed = self._visit_all(call.children, inner, sampler)
         for sentence in sheet.apart:
             self.remarks.setdefault((call.name, "shape"), f"shape depends on values: {sentence}; not judged")
-        judged = self.decide(sheet, sampler, failed)
+        judged = self.decide(sheet, sampler, failed, call)
         return failed | self._note(call, judged, sheet, failed, sampler)
 
     def whole(self, reference: Run, sheet: Sheet, samples: Sampler) -> set[str]:
@@ -113,7 +117,7 @@ class Judge:
                 failed |= self.visit(top, twins, samples)
         for sentence in sheet.apart:
             self.remarks.setdefault(("", "shape"), f"shape depends on values: {sentence}; not judged")
-        judged = self.decide(sheet, samples, failed, threshold=1.0)
+        judged = self.decide(sheet, samples, failed, None, threshold=1.0)
         return failed | self._note(None, judged, sheet, failed, samples)
 
     def _visit_all(self, calls: Sequence[Call], twins: dict[int, Call], enclosing: Sampler) -> set[str]:
@@ -125,9 +129,11 @@ class Judge:
     # -- deciding ---------------------------------------------------------------------------------------------------
 
     def decide(
-        self, sheet: Sheet, sample: Sampler, failed: set[str], threshold: float | None = None
+        self, sheet: Sheet, sample: Sampler, failed: set[str], call: Call | None, threshold: float | None = None
     ) -> dict[Site, Judgement]:
         """Judge with as few perturbed runs as settle it; a bound up to ``threshold`` needs none.
+
+        Tensors of few numbers are judged by replicas of the run, too (``call`` says where they are found).
 
         Where a perturbed run raises (code that checks its values), what is open stays unjudged, and a remark says so.
         """
@@ -144,6 +150,10 @@ class Judge:
             for site in open_:
                 if judged[site].bound:
                     del judged[site]
+            return judged
+        if self.replicas is not None:
+            few = {s: judged[s] for s in open_ if s[0] not in failed}
+            judged.update(replicated(self.replicas, call, sheet.only(few), few, self.yardstick.limit))
         return judged
 
     def _sampled(
@@ -191,14 +201,16 @@ class Judge:
             )
             flips = flips or any(id(c) in self._flipped for c in (self.low.calls if call is None else call.subtree()))
             if where == "forward" and sample is not None and not verdict.failed and not flips and not coarse:
-                verdict.amplification = self._amplification(judged, sheet, sample)
+                steep = self._steep(judged, sheet, sample)
+                verdict.amplification = max(steep.values(), default=0.0)
+                verdict.void = any(self._is_void(judged[site], sheet.pairs[site], site, sample) for site in steep)
             self.verdicts.append(verdict)
-            if verdict.failed or (self.yardstick.mixed and verdict.amplification > 0.0):
+            if verdict.failed or verdict.void or (self.yardstick.mixed and verdict.amplification > 0.0):
                 out.add(where)
         return out
 
-    def _amplification(self, judged: dict[Site, Judgement], sheet: Sheet, sample: Sampler) -> float:
-        """How many times steeper than its operands' rounding the function is, 0 where that is nothing to speak of."""
+    def _steep(self, judged: dict[Site, Judgement], sheet: Sheet, sample: Sampler) -> dict[Site, float]:
+        """Results of a function that is steeper than AMPLIFICATION, and how many times its operands' rounding."""
         share = self.yardstick.limit / 4.0
         steep = {
             site: judgement.error / (sheet.pairs[site].u * judgement.scale)
@@ -207,7 +219,7 @@ class Judge:
         }
         steep = {site: value for site, value in steep.items() if value > AMPLIFICATION * share}
         if not steep:
-            return 0.0
+            return {}
         narrow = [sample(n, NARROW) for n in range(NARROW_SAMPLES)]
         for site in list(steep):
             entry = sheet.pairs[site]
@@ -215,11 +227,17 @@ class Judge:
             least = AMPLIFICATION / 4.0 * share * NARROW * entry.u * entry.rms_reference
             if moves[len(moves) // 2] < least:
                 del steep[site]
-        return max(steep.values(), default=0.0)
+        return steep
+
+    def _is_void(self, judgement: Judgement, entry: Pair, site: Site, sample: Sampler) -> bool:
+        line = VOID * judgement.scale * self.yardstick.limit / 4.0
+        if judgement.error < line / 2.0:
+            return False
+        return entry.spread(values([sample(n, 1.0) for n in range(SAMPLES[-1])], site, entry)) > line
 
     # -- sheets -----------------------------------------------------------------------------------------------------
 
-    def _sheet(self, call: Call, twin: Call, replay: Run | None = None) -> Sheet:
+    def sheet(self, call: Call, twin: Call, replay: Run | None = None) -> Sheet:
         """The call beside its twin; its parameters' gradients beside the replay's, or (to screen) the whole run's."""
         sheet, step, scale = Sheet(), self.yardstick.step, self.low.scale
         sheet.add_outputs(call.outputs, twin.outputs, self.yardstick.own_u(call, "forward"), step)
@@ -247,7 +265,7 @@ class Judge:
         run = self.replays.true(call, buffers)
         if run is None:
             return None
-        sheet = self._sheet(call, run.calls[0], run)
+        sheet = self.sheet(call, run.calls[0], run)
         return sheet.only([s for s in sheet.pairs if s[0] == "forward"]).judge(self.yardstick.limit)
 
     def in_single(self, call: Call, round_back: bool) -> float | None:

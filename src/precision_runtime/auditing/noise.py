@@ -67,6 +67,12 @@ class Noise:
         """Disturb a floating or complex tensor relative to its values; anything else is returned as it is."""
         return self._disturbed(t, self.u, 0.0)
 
+    def shrunk(self, t: torch.Tensor, most: float) -> torch.Tensor:
+        """Disturb a tensor, and make all of it smaller by one random factor, by at most ``most`` of its size."""
+        with torch._C._DisableTorchDispatch():
+            factor = 1.0 - most * float(torch.rand((), dtype=torch.float64, generator=self._generator))
+        return self.rounded(t) * factor
+
     def by(self, u: float, t: torch.Tensor) -> torch.Tensor:
         """The same with another unit roundoff."""
         return self._disturbed(t, self.width * u, 0.0)

@@ -13,6 +13,7 @@ from torch import nn
 
 from precision_runtime import forwarding
 from precision_runtime.accelerators import resolve
+from precision_runtime.auditing.again import Again, moved_inputs, moved_parameters
 from precision_runtime.auditing.blame import findings_of
 from precision_runtime.auditing.calls import moved_weights
 from precision_runtime.auditing.discover import find_modules, name_of
@@ -31,6 +32,7 @@ from precision_runtime.auditing.recurrent import noisy_states
 from precision_runtime.auditing.references import Reference, References, Sample
 from precision_runtime.auditing.repair import find_repair
 from precision_runtime.auditing.replays import Yardstick
+from precision_runtime.auditing.replicas import Replicas
 from precision_runtime.auditing.runs import Run, execute, loss_gradient
 from precision_runtime.auditing.sheet import Sheet, input_name, sample_of
 from precision_runtime.auditing.storage import output_loss, rounded_layers, stored_layers, watching
@@ -57,6 +59,8 @@ SUM_SCALES = (1.0, 2.0**-4, 2.0**-8, 2.0**-12, 1.0)
 # A parameter's gradient this much smaller than the largest one is what FP64's own rounding (2^-53 of the terms, sums of
 # some hundred of them) leaves of an exact zero, such as a query's gradient where there is one key.
 EXACT_ZERO = 2.0**-46
+# Replicas of the run are disturbed by other draws than perturbed runs of the reference.
+_REPLICAS = 1_000
 
 
 def audit(
@@ -346,19 +350,8 @@ class _Trial:
         names = _parameter_names(worlds)
         true_grads = {k: reference.parameter_grads[n] for k, n in names.items() if n in reference.parameter_grads}
         judge = Judge(worlds, low, yardstick, true_grads)
-        sheet = Sheet()
+        sheet = self._sheet(low, reference.run, true_grads, names)
         forward_u = self._u_of(None)
-        sheet.add_outputs(low.outputs, reference.run.outputs, forward_u, step)
-        back = self._u_of(None, "backward")
-        noise_floor = EXACT_ZERO * max((_rms(g) for g in judge.true_grads.values()), default=0.0)
-        for path, grad in low.input_grads.items():
-            true = reference.run.input_grads.get(path)
-            if true is not None and true.shape == grad.shape:
-                sheet.add_gradient(input_name(path), grad, true, back, step, low.scale)
-        for key, grad in low.parameter_grads.items():
-            true = judge.true_grads.get(key)
-            if true is not None and (_rms(true) > noise_floor or noise_floor == 0.0):
-                sheet.add_gradient(names[key], grad, true, back, step, low.scale)
 
         def sample(number: int, width: float) -> Sample:
             # Decisions were rounded in other places in other modes.
@@ -371,8 +364,44 @@ class _Trial:
                 made.append(sample_of(run, names))
             return made[number]
 
+        judge.replicas = Replicas(lambda number: self._again(worlds, yardstick, number))
         judge.whole(reference.run, sheet, sample)
         return judge
+
+    def _sheet(self, low: Run, true: Run, true_grads: dict[int, torch.Tensor], names: dict[int, str]) -> Sheet:
+        """The whole function's results and gradients beside the reference's."""
+        sheet, step, back = Sheet(), self.mode.format.smallest_subnormal, self._u_of(None, "backward")
+        sheet.add_outputs(low.outputs, true.outputs, self._u_of(None), step)
+        for path, grad in low.input_grads.items():
+            other = true.input_grads.get(path)
+            if other is not None and other.shape == grad.shape:
+                sheet.add_gradient(input_name(path), grad, other, back, step, low.scale)
+        noise_floor = EXACT_ZERO * max((_rms(g) for g in true_grads.values()), default=0.0)
+        for key, grad in low.parameter_grads.items():
+            other = true_grads.get(key)
+            if other is not None and (_rms(other) > noise_floor or noise_floor == 0.0):
+                sheet.add_gradient(names[key], grad, other, back, step, low.scale)
+        return sheet
+
+    def _again(self, worlds: Worlds, yardstick: Yardstick, number: int) -> Again | None:
+        """The run once more on operands a little smaller; None where nothing can be moved, or the code raises."""
+        noise = yardstick.noise(self._u_of(None), _REPLICAS + number, 1.0)
+        before = self.args, self.kwargs, self._watch, self._shares
+        given = moved_inputs((self.args, self.kwargs), noise, self._exact)
+        true_p, low_p = moved_parameters(worlds, noise, getattr(torch, self.mode.compute))
+        if not low_p and all(a is b for (_, a), (_, b) in zip(leaves(given), leaves(before[:2]), strict=True)):
+            return None
+        try:
+            with worlds.standing(true_p, low_p):
+                self.args, self.kwargs = given
+                low = self._low(worlds)
+                run, _ = self._true(worlds)
+        except Exception:
+            return None
+        finally:
+            self.args, self.kwargs, self._watch, self._shares = before
+        sheet = self._sheet(low, run, run.parameter_grads, _parameter_names(worlds))
+        return Again(Judge(worlds, low, yardstick, run.parameter_grads), sheet, worlds, true_p, low_p)
 
     def _u_of(self, call: Call | None, where: str = "forward") -> float:
         """What one op costs in this call, relative to its result.

@@ -94,6 +94,9 @@ class Scene:
     def line(self) -> float:
         """The largest figure that passes."""
         limit = self.stage.judge.yardstick.limit
+        alone = self.verdict.worst.alone
+        if alone is not None and not self.steep:  # found by replicas; the judged run by itself may be below the limit
+            return min(limit, alone / 2.0)
         return AMPLIFICATION * limit / 4.0 if self.steep else limit
 
     def figure(self, observer: Observer | None = None) -> float:

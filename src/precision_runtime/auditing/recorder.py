@@ -94,6 +94,8 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         for module in self.modules.values():
+            if type(module).register_forward_pre_hook is not nn.Module.register_forward_pre_hook:
+                continue  # scripted by torch.jit, which lets nobody listen: part of what calls it
             self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
         if self.inputs:

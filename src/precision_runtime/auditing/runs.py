@@ -107,7 +107,7 @@ def differentiate(
             retain_graph=number < len(scales),
         )
         run.scale = scale
-        if all(bool(torch.isfinite(g).all()) for g in found if g is not None):
+        if all(_finite(g) for g in found if g is not None):
             break
     run.recomputed, run.leaky = frozenset(recorder.recomputed), frozenset(recorder.leaky)
     run.second_order = recorder.second_order
@@ -137,6 +137,12 @@ def loss_gradient(seed: int) -> Cotangent:
         return ((steps + 48).to(torch.float64) / 64).to(output.device)
 
     return cotangent
+
+
+def _finite(gradient: torch.Tensor) -> bool:
+    """Whether a gradient of any layout is finite."""
+    plain = gradient if gradient.layout is torch.strided else gradient.to_dense()
+    return bool(torch.isfinite(plain).all())
 
 
 def _scaled(cotangent: torch.Tensor, scale: float, output: torch.Tensor) -> torch.Tensor:

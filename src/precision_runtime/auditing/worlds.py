@@ -194,6 +194,16 @@ class Worlds:
         finally:
             self._reset_attributes()
 
+    @contextmanager
+    def standing(self, true: Mapping[int, torch.Tensor], low: Mapping[int, torch.Tensor]) -> Iterator[None]:
+        """Other values stand for some of the parameters meanwhile, in FP64 and in the mode."""
+        before = self.true_parameters, self.low_parameters
+        self.true_parameters, self.low_parameters = {**before[0], **true}, {**before[1], **low}
+        try:
+            yield
+        finally:
+            self.true_parameters, self.low_parameters = before
+
     def restore(self) -> None:
         """Put back every tensor, gradient and attribute as it was before the audit."""
         for shelf in self._shelves:
@@ -205,8 +215,10 @@ class Worlds:
                 (module._modules, shelf.modules),
             ):
                 if dict(now) != before if now is module._modules else not _same(now, before):
-                    now.clear()
-                    now.update(before)  # type: ignore[arg-type]
+                    if isinstance(now, dict):
+                        now.clear()
+                    for name, value in before.items():  # torch.jit's own containers can do nothing else
+                        now[name] = value  # type: ignore[assignment]
             shelf.put_attributes_back()
         for key, data in self._data.items():
             self._parameters[key].data = data
