@@ -33,12 +33,13 @@ def repaired(
     if len(roots) != 1:
         return _without(report, f"a repair is looked for in one model, and this check runs {len(roots)}")
     (model,) = roots
-    picture = before.get(id(model))
+    # A part of a set-up model is judged in the mode, too, and cast like the whole of it.
+    picture = next((each for each in before.values() if any(part is model for part in each.model.modules())), None)
     if picture is None and any(is_set_up(part) for part in model.modules()):
         return _without(report, "the model was not set up by precision_ctx.setup: what it was before is not known")
     try:
         with nullcontext() if picture is None else picture.shown(originals):
-            tried = audit(function, *args, repair=True, **asked)
+            tried = audit(function, *args, repair=True, **{**asked, "originals": originals})
     except PrecisionError as error:
         return _without(report, str(error))
     if tried.repair is None:

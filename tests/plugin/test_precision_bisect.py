@@ -156,3 +156,18 @@ def test_it(precision_ctx):
 """,
         "--precision-bisect",
     ).assert_outcomes(passed=1)
+
+
+def test_a_part_of_a_set_up_model_is_repaired_by_its_own_names(run):
+    run(
+        BLOCK
+        + """
+@pytest.mark.precision("16-true")
+def test_it(precision_ctx):
+    whole = precision_ctx.setup(nn.Sequential(nn.Identity(), Net()))
+    with pytest.raises(AssertionError, match="repair: with islands=.'norm': '32'. the mode holds"):
+        precision_ctx.check(whole[1], precision_ctx.randn(4, 32), gradients=False)
+    assert whole[1].first.weight.dtype == torch.float16
+""",
+        "--precision-bisect",
+    ).assert_outcomes(passed=1)
