@@ -305,6 +305,4 @@ def test_a_training_is_judged_in_the_lane(run):
 def test_a_training_refuses_what_it_would_ignore(run):
     result = run(TRAIN.format(more=', runtime={"ignore_modules": "x"}'))
     result.assert_outcomes(failed=2)
-    result.stdout.fnmatch_lines(
-        ["*precision_ctx.train takes islands and scaler of the marker*, not ignore_m*"]
-    )
+    result.stdout.fnmatch_lines(["*precision_ctx.train takes islands and scaler of the marker*, not ignore_m*"])
