@@ -39,6 +39,10 @@ ALPHA = 0.01
 MODES = ("16-true", "bf16-true", "16-mixed", "bf16-mixed")
 LARGEST = 20_000  # elements of an op's sample
 
+# Ops without a right value to compare: uninitialised memory, and casts that ask for another format than the mode's.
+NO_TRUTH = frozenset(("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided",
+                      "bfloat16", "half", "float", "double"))  # fmt: skip
+
 Case = tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
@@ -48,9 +52,13 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, help="take every N-th op")
     parser.add_argument("--seeds", type=int, default=3, help="for layers and models")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--rows", type=Path, help="audit nothing, and take the rows that an earlier run wrote")
     parser.add_argument("--document", type=Path)
     options = parser.parse_args()
+    if options.rows:
+        rows = [row for row in json.loads(options.rows.read_text()) if row["case"] not in NO_TRUTH]
+        return told(rows, options.document)
     tasks = [("op", i) for i in range(0, ops_count(), options.every)]
     tasks += [("layer", seed) for seed in range(options.seeds)] + [("model", seed) for seed in range(options.seeds)]
     rows: list[dict[str, Any]] = []
@@ -62,10 +70,15 @@ def main() -> int:
     rows.sort(key=lambda row: (row["source"], row["case"], row["mode"]))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
+    return told(rows, options.document)
+
+
+def told(rows: list[dict[str, Any]], place: Path | None) -> int:
+    """Print the document, and write it; 1 where the limit is not covered."""
     text = document(rows)
     print(text)
-    if options.document:
-        options.document.write_text(text)
+    if place:
+        place.write_text(text)
     return int(order_statistic([r["score"] for r in rows if r["outcome"] == "judged"], ALPHA) > LIMIT)
 
 
@@ -121,6 +134,8 @@ def judged(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 def op_case(number: int) -> Iterator[Case]:
     """One op on the largest of its first samples."""
     op = opinfos()[number]
+    if op.name in NO_TRUTH:
+        return
     if torch.bfloat16 not in op.dtypes and torch.float16 not in op.dtypes:
         return
     torch.manual_seed(number)
@@ -240,7 +255,9 @@ def document(rows: list[dict[str, Any]]) -> str:
             if scores and (mode == "all" or source != "all"):
                 lines.append(_line(source, mode, scores))
     lines += ["", "What passed on its bound counts as that bound, at most 2: the true score is smaller.", ""]
-    lines += ["## Cases above the limit", "", "| case | mode | times | found |", "|---|---|---|---|"]
+    lines += ["## Cases above the limit", ""]
+    lines += ["Sorting and the most frequent value are decisions: rounding makes ties that no disturbance makes.", ""]
+    lines += ["| case | mode | times | found |", "|---|---|---|---|"]
     for r in sorted(good, key=lambda r: -r["score"]):
         if r["score"] > LIMIT:
             lines.append(f"| {r['source']} {r['case']} | {r['mode']} | {r['score']:.1f} | {r['why']} |")
