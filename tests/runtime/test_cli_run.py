@@ -110,8 +110,12 @@ def test_an_exception_is_shown_as_python_shows_it(script, capsys):
 def test_signals_end_it_as_they_end_the_script(script, number):
     name = script(f"import os\nos.kill(os.getpid(), {int(number)})\n")
     ours = [sys.executable, "-m", "precision_runtime.cli", "run", "--precision", "bf16-mixed", name]
-    done = subprocess.run(ours, capture_output=True, check=False)
-    alone = subprocess.run([sys.executable, name], capture_output=True, check=False)
+
+    def heard() -> None:  # a shell starts what it runs in the background with SIGINT ignored, and children inherit that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    done = subprocess.run(ours, capture_output=True, check=False, preexec_fn=heard)
+    alone = subprocess.run([sys.executable, name], capture_output=True, check=False, preexec_fn=heard)
     assert done.returncode == alone.returncode
     assert done.returncode != 0
 
