@@ -6,7 +6,8 @@ Each message answers: what failed, where, what was given, what is allowed, what 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 
 class PrecisionError(Exception):
@@ -40,14 +41,25 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {by_key[near[0]]!r}?" if near else ""
 
 
-def unknown_names(what: str, bad: Sequence[object], known: Sequence[str], where: str = "") -> UnknownNameError:
+def unknown_names(
+    what: str,
+    bad: Sequence[object],
+    known: Sequence[str],
+    where: str = "",
+    elsewhere: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> UnknownNameError:
     """Build the error for every unknown name at once.
 
     ``what`` is the noun ("precision mode"), ``where`` the place that they were given in (an option, an argument).
+    ``elsewhere`` maps what others call such a thing to the names that may be meant.
     """
     place = f" in {where}" if where else ""
-    lines = [
-        f"{what} {name!r}{place} is unknown.{did_you_mean(name, known) if isinstance(name, str) else ''}"
-        for name in bad
-    ]
+
+    def meant(name: object) -> str:
+        if not isinstance(name, str):
+            return ""
+        names = elsewhere.get(name.strip().lower())
+        return f" Did you mean {' or '.join(map(repr, names))}?" if names else did_you_mean(name, known)
+
+    lines = [f"{what} {name!r}{place} is unknown.{meant(name)}" for name in bad]
     return UnknownNameError("\n".join([*lines, f"Known {what}s: {', '.join(known)}"]))

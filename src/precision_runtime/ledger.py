@@ -11,14 +11,12 @@ somebody threw) gives right results slowly, and nothing else says so.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -26,6 +24,7 @@ from precision_runtime.bookkeeping import OUTSIDE, Bookkeeper, Key
 from precision_runtime.errors import ConfigurationError, PrecisionError
 from precision_runtime.islands import island_around, islands_in
 from precision_runtime.layers import QuantizedLayer
+from precision_runtime.printing import printed
 from precision_runtime.work import Kind
 
 # Everything else that a product or reduction runs in has fewer bits of significand than float32.
@@ -274,10 +273,7 @@ class Ledger:
     def __str__(self) -> str:
         if not self.recorded:
             return repr(self)
-        console = Console(file=io.StringIO(), width=110)
-        console.print(self.table())
-        text: str = console.file.getvalue()  # type: ignore[attr-defined]
-        return text.rstrip()
+        return printed(self.table())
 
     def __repr__(self) -> str:
         if self._book is not None:

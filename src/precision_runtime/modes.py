@@ -108,6 +108,22 @@ GROUPS = MappingProxyType(
 )
 
 
+# What others call formats. None of these says whether autocast is meant, so none is a name here; likeness of letters
+# alone would lead from fp16 to bf16, which is another format.
+ELSEWHERE = MappingProxyType(
+    {
+        **dict.fromkeys(("fp16", "float16", "f16"), ("16-mixed", "16-true")),
+        **dict.fromkeys(("bfloat16", "bfp16"), ("bf16-mixed", "bf16-true")),
+        **dict.fromkeys(("fp32", "float32", "f32", "float"), ("32-true",)),
+        **dict.fromkeys(("fp64", "float64", "f64", "double"), ("64-true",)),
+        **dict.fromkeys(("float8", "e4m3", "te"), ("transformer-engine",)),
+        **dict.fromkeys(("int4", "4bit", "4-bit"), ("nf4",)),
+        **dict.fromkeys(("8bit", "8-bit"), ("int8",)),
+        **{f"o{level}": (f"apex-O{level}",) for level in range(4)},
+    }
+)
+
+
 def parse_mode(name: object, where: str = "") -> Mode:
     """Return the mode called ``name``: a name, a legacy name, one of the integers 16, 32 and 64, or a ``Mode``.
 
@@ -127,7 +143,7 @@ def parse_modes(names: Iterable[object], where: str = "") -> list[Mode]:
         else:
             found.setdefault(mode.name, mode)
     if bad:
-        raise unknown_names("precision mode", bad, _known(), where)
+        raise unknown_names("precision mode", bad, _known(), where, ELSEWHERE)
     return list(found.values())
 
 
@@ -154,7 +170,7 @@ def expand_modes(names: Iterable[object], where: str = "") -> list[Mode]:
             for mode in members:
                 chosen.setdefault(mode.name, mode)
     if bad:
-        raise unknown_names("precision mode", bad, [*_known(), *GROUPS], where)
+        raise unknown_names("precision mode", bad, [*_known(), *GROUPS], where, ELSEWHERE)
     return list(chosen.values())
 
 

@@ -11,7 +11,6 @@ Imports no torch, and rich only to print.
 from __future__ import annotations
 
 import fnmatch
-import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from precision_runtime.errors import ConfigurationError, PrecisionError, unknown_names
+from precision_runtime.printing import printed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -180,12 +180,12 @@ class Plan:
         title = (
             f"plan of {self.model} in {self.mode} on {self.accelerator}: rows that lose something: {len(self.lossy)}"
         )
-        table = Table(title=title, title_justify="left", show_lines=False)
-        for column in ("name", "kind", "from", "to"):
-            table.add_column(column)
-        for column in ("inf", "0", "whole"):
-            table.add_column(column, justify="right")
-        table.add_column("why")
+        if looked:
+            table = Table(title=title, title_justify="left", min_width=len(title))
+            for column in ("name", "kind", "from", "to", "inf", "0", "whole", "why"):
+                table.add_column(column, justify="right" if column in ("inf", "0", "whole") else "left")
+        else:  # title and summary say it all
+            table = Table("", title=title, title_justify="left", min_width=len(title), box=None, show_header=False)
         for row in looked[:most]:
             counts = ["?" if n is None else str(n or "") for n in (row.inf, row.zero, row.whole)]
             to = f"{row.after}, products {row.cast}" if row.cast else row.after
@@ -201,12 +201,7 @@ class Plan:
         return self.table()
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=120)
-        console.print(self.table())
-        text: str = console.file.getvalue()  # type: ignore[attr-defined]
-        return text.rstrip()
+        return printed(self.table())
 
     def __repr__(self) -> str:
         return f"<Plan of {self.model} in {self.mode}, {len(self.rows)} rows, {len(self.lossy)} lossy>"

@@ -54,7 +54,7 @@ class Finding:
         """One line: who, where, what kind, how many bits."""
         who = f"{self.module or 'the whole function'}" + (f" ({self.module_type})" if self.module_type else "")
         op = f", {self.op}" if self.op else ""
-        return f"{who}{op}: {self.kind} in {self.where}, {bits(self.lost_bits)} lost beyond what the mode must lose"
+        return f"{who}{op}: {self.kind} in {self.where}, {bits(self.lost_bits)} lost"
 
 
 @dataclass(frozen=True)

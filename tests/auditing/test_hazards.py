@@ -475,12 +475,13 @@ class WritesResult(nn.Module):
 class Memory(nn.Module):
     """Returns an attribute that the next call, and whoever puts attributes back, writes to."""
 
-    def __init__(self) -> None:
+    def __init__(self, unstable: bool = False) -> None:
         super().__init__()
         self.state = torch.zeros(8)
+        self.unstable = unstable
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.state += x.mean(0)
+        self.state += (x * x).mean(0) - x.mean(0) ** 2 if self.unstable else x.mean(0)
         return self.state
 
 
@@ -497,6 +498,14 @@ def test_a_result_that_is_an_attribute_keeps_its_value_in_the_reference(mode: st
     report = audit(lambda x: memory(x) + memory(x), torch.randn(16, 8), mode=mode, gradients=False)
     assert report.ok, str(report)
     assert report.calls == 2
+
+
+def test_a_defect_is_found_in_a_result_that_is_an_attribute() -> None:
+    torch.manual_seed(0)
+    memory = Memory(unstable=True)
+    # Were the reference's result put back with the attribute, it would be 0 and every run would differ from it alike.
+    report = audit(lambda x: memory(x) * 1.0, torch.randn(64, 8) + 20.0, mode="bf16-true", gradients=False)
+    assert [finding.module for finding in report.findings][:1] == ["memory"], str(report)
 
 
 class Attention(nn.Module):

@@ -196,17 +196,11 @@ def test_the_error_of_a_single_number_is_the_rms_over_its_replicas(own: float, o
 
 
 @pytest.mark.parametrize("mode", ["16-true", "bf16-true"])
-def test_a_function_so_steep_that_nothing_is_left_fails_in_a_true_mode_and_a_milder_one_is_remarked_on(
-    mode: str,
-) -> None:
-    lost = 3000.0 if mode == "16-true" else 400.0
-    for factor, ok in ((lost, False), (lost / 6.0, True)):
-        report = audit(lambda x, f=factor: torch.sin(f * x), torch.rand(512) + 0.5, mode=mode, gradients=False)
-        assert report.ok is ok, report
-        kinds = {f.kind for f in report.findings} | {r.kind for r in report.remarks}
-        assert kinds == ({"amplification"} if not ok else {"ill-conditioned"}), report
-        if not ok:
-            assert "hardly a bit of the result is right" in str(report)
+def test_right_code_on_inputs_that_a_true_mode_cannot_resolve_is_remarked_on_and_does_not_fail(mode: str) -> None:
+    # One step of bfloat16 at 1000 is 4: nothing is left of values that lie within 1 of it, and no code could help that.
+    report = audit(lambda x: x - x.mean(-1, keepdim=True), torch.randn(32, 64) + 1000.0, mode=mode, gradients=False)
+    assert report.ok, report
+    assert {r.kind for r in report.remarks} == {"ill-conditioned"}
 
 
 @pytest.mark.parametrize("bad", [False, True])

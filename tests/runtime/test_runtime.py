@@ -8,7 +8,7 @@ from torch import nn
 
 from precision_runtime.accelerators import Machine, pretend
 from precision_runtime.errors import ConfigurationError, PrecisionError, UnknownNameError, UnsupportedError
-from precision_runtime.modes import MODES
+from precision_runtime.modes import ELSEWHERE, MODES
 from precision_runtime.runtime import PrecisionRuntime, StepResult
 from precision_runtime.scaling import DynamicScaler
 
@@ -51,6 +51,13 @@ def test_unknown_names_are_errors():
         PrecisionRuntime("16-mix")
     with pytest.raises(UnknownNameError, match=r"accelerator 'cp' is unknown\. Did you mean 'cpu'"):
         PrecisionRuntime("32-true", "cp")
+
+
+@pytest.mark.parametrize(("name", "meant"), [(name, meant) for name, meant in ELSEWHERE.items()])
+def test_what_others_call_a_format_leads_to_modes_in_that_format(name, meant):
+    assert set(meant) <= set(MODES)
+    with pytest.raises(UnknownNameError, match=f"Did you mean {' or '.join(map(repr, meant))}\\?"):
+        PrecisionRuntime(name.upper())
 
 
 def test_a_mode_that_the_machine_cannot_run_is_refused_and_never_replaced():

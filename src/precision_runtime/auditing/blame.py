@@ -48,7 +48,7 @@ def findings_of(
             while parent is not None:
                 steep_inside.add(id(parent))
                 parent = parent.parent
-            if judge.yardstick.mixed or verdict.void:
+            if judge.yardstick.mixed:
                 findings.append((_steep(verdict), verdict))
             elif not inherited:
                 remarks.append(
@@ -177,13 +177,6 @@ def _cast_proof(judge: Judge, call: Call, before: float) -> tuple[str, float] | 
     return ", ".join(names), after
 
 
-_VOID = (
-    "hardly a bit of the result is right: its error is {:.2g} times its size. The computation adds little to that, the "
-    "function is so steep here that rounding its operands is enough: feed and compute it in FP32, or use a formula "
-    "that is not as steep"
-)
-
-
 def _steep(verdict: Verdict) -> Finding:
     amplification = verdict.amplification
     worst = max(verdict.judgements, key=lambda j: j.error / j.scale if j.scale else 0.0)
@@ -194,9 +187,7 @@ def _steep(verdict: Verdict) -> Finding:
         op=None,
         lost_bits=lost_bits(amplification),
         excess=amplification,
-        message=_VOID.format(worst.error / worst.scale if worst.scale else math.inf)
-        if verdict.void
-        else f"a steep function under autocast: its relative error is {amplification:.0f} times the unit roundoff. "
+        message=f"a steep function under autocast: its relative error is {amplification:.0f} times the unit roundoff. "
         "An FP32 island costs little here: wrap it in torch.autocast(enabled=False) and pass float32 inputs",
         module_type=type(verdict.call.module).__name__ if verdict.call is not None else "",
         call=verdict.call.index if verdict.call is not None else 0,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from precision_runtime.errors import AuditError
 from precision_runtime.record import Finding
 
 
@@ -24,6 +25,15 @@ def error_finding(error: BaseException, names: Mapping[str, nn.Module]) -> Findi
         excess=math.inf,
         message=f"does not run in this mode: {type(error).__name__}: {first_line(error)}"
         + (f" ({line})" if line else ""),
+    )
+
+
+def no_reference(subject: str, mode: object, error: Exception) -> AuditError:
+    """The error for code that runs in the mode and in float32, but not in FP64."""
+    line = user_line(error)
+    return AuditError(
+        f"{subject} runs in {mode} and in float32 but not in FP64, so there is no reference: "
+        f"{type(error).__name__}: {first_line(error)}" + (f" ({line})" if line else "")
     )
 
 

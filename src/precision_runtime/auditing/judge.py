@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from precision_runtime.auditing.calls import anchored, covers, is_wrapper, match
-from precision_runtime.auditing.excess import Judgement, Pair
+from precision_runtime.auditing.excess import Judgement
 from precision_runtime.auditing.failing import first_line
 from precision_runtime.auditing.recorder import Call
 from precision_runtime.auditing.references import Sample
@@ -41,9 +41,6 @@ AMPLIFICATION = 24.0
 # move the result by a fourth of AMPLIFICATION. Healthy mixtures of experts: 2.3 to 3.0; a Gaussian process: 17.
 NARROW = 1 / 256
 NARROW_SAMPLES = 4
-# In a true mode steepness is the function's own nature, up to the point where no bit of the result is certain: runs
-# that are disturbed differ from it by half its size (in the rms), and the judged run is off by a fourth at least.
-VOID = 0.5
 
 Sampler = Callable[[int, float], Sample]  # the n-th perturbed run, disturbed by so many u
 
@@ -201,16 +198,14 @@ class Judge:
             )
             flips = flips or any(id(c) in self._flipped for c in (self.low.calls if call is None else call.subtree()))
             if where == "forward" and sample is not None and not verdict.failed and not flips and not coarse:
-                steep = self._steep(judged, sheet, sample)
-                verdict.amplification = max(steep.values(), default=0.0)
-                verdict.void = any(self._is_void(judged[site], sheet.pairs[site], site, sample) for site in steep)
+                verdict.amplification = self._amplification(judged, sheet, sample)
             self.verdicts.append(verdict)
-            if verdict.failed or verdict.void or (self.yardstick.mixed and verdict.amplification > 0.0):
+            if verdict.failed or (self.yardstick.mixed and verdict.amplification > 0.0):
                 out.add(where)
         return out
 
-    def _steep(self, judged: dict[Site, Judgement], sheet: Sheet, sample: Sampler) -> dict[Site, float]:
-        """Results of a function that is steeper than AMPLIFICATION, and how many times its operands' rounding."""
+    def _amplification(self, judged: dict[Site, Judgement], sheet: Sheet, sample: Sampler) -> float:
+        """How many times steeper than its operands' rounding the function is, 0 where that is nothing to speak of."""
         share = self.yardstick.limit / 4.0
         steep = {
             site: judgement.error / (sheet.pairs[site].u * judgement.scale)
@@ -219,7 +214,7 @@ class Judge:
         }
         steep = {site: value for site, value in steep.items() if value > AMPLIFICATION * share}
         if not steep:
-            return {}
+            return 0.0
         narrow = [sample(n, NARROW) for n in range(NARROW_SAMPLES)]
         for site in list(steep):
             entry = sheet.pairs[site]
@@ -227,13 +222,7 @@ class Judge:
             least = AMPLIFICATION / 4.0 * share * NARROW * entry.u * entry.rms_reference
             if moves[len(moves) // 2] < least:
                 del steep[site]
-        return steep
-
-    def _is_void(self, judgement: Judgement, entry: Pair, site: Site, sample: Sampler) -> bool:
-        line = VOID * judgement.scale * self.yardstick.limit / 4.0
-        if judgement.error < line / 2.0:
-            return False
-        return entry.spread(values([sample(n, 1.0) for n in range(SAMPLES[-1])], site, entry)) > line
+        return max(steep.values(), default=0.0)
 
     # -- sheets -----------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from precision_runtime.auditing.blame import findings_of
 from precision_runtime.auditing.calls import moved_weights
 from precision_runtime.auditing.discover import find_modules, name_of
 from precision_runtime.auditing.dispatch import LowWatch, TrueDouble, plain_double
-from precision_runtime.auditing.failing import error_finding, user_line
+from precision_runtime.auditing.failing import error_finding, no_reference
 from precision_runtime.auditing.judge import Judge
 from precision_runtime.auditing.lane import lane
 from precision_runtime.auditing.masking import Masking
@@ -479,14 +479,7 @@ class _Trial:
         return None
 
     def _no_reference(self, worlds: Worlds, error: Exception) -> Exception:
-        plain = self._plain_error(worlds)
-        if plain is not None:
-            return plain
-        where = user_line(error)
-        return AuditError(
-            f"{self.name} runs in {self.mode} and in float32 but not in FP64, so there is no reference: "
-            f"{type(error).__name__}: {error}" + (f" ({where})" if where else "")
-        )
+        return self._plain_error(worlds) or no_reference(self.name, self.mode, error)
 
 
 def _rms(t: torch.Tensor) -> float:

@@ -96,7 +96,6 @@ class Verdict:
     where: str
     judgements: list[Judgement]
     amplification: float = 0.0
-    void: bool = False  # so steep that next to nothing of the result is right
     failed: bool = False
     consequence: bool = False  # a call inside this one failed in the same direction
 

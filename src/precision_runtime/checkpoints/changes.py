@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+
+from precision_runtime.printing import printed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -110,9 +111,4 @@ class Changes:
         return self.table()
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=120)
-        console.print(self.table())
-        text: str = console.file.getvalue()  # type: ignore[attr-defined]
-        return text.rstrip()
+        return printed(self.table())

@@ -16,13 +16,13 @@ from torch.optim import Optimizer
 from precision_runtime import environment
 from precision_runtime.accelerators import resolve
 from precision_runtime.auditing.dispatch import LowWatch
-from precision_runtime.auditing.failing import error_finding, first_line, user_line
+from precision_runtime.auditing.failing import error_finding, no_reference
 from precision_runtime.auditing.masking import Masking
 from precision_runtime.auditing.noise import Noise
 from precision_runtime.auditing.randomness import reseed, seeded
 from precision_runtime.automatic import placed
 from precision_runtime.capability import support
-from precision_runtime.errors import AuditError, ConfigurationError, UnsupportedError
+from precision_runtime.errors import ConfigurationError, UnsupportedError
 from precision_runtime.formats import FORMATS
 from precision_runtime.modes import Mode, parse_mode
 from precision_runtime.optimizers import OptimizerWarning, hazards
@@ -201,14 +201,7 @@ class _Examination:
         return None
 
     def _no_reference(self, error: Exception, steps: int) -> Exception:
-        plain = self._plain_error(steps)
-        if plain is not None:
-            return plain
-        where = user_line(error)
-        return AuditError(
-            f"the training runs in {self.mode} and in float32 but not in FP64, so there is no reference: "
-            f"{type(error).__name__}: {first_line(error)}" + (f" ({where})" if where else "")
-        )
+        return self._plain_error(steps) or no_reference("the training", self.mode, error)
 
     def _note_lane(self, low: LowRun, course: Course) -> None:
         if self.mode.scaled and self.lesson.step_fn is None:
