@@ -1,36 +1,46 @@
 """Audit a collection of small models: does the audit crash, and what does it find?
 
-    python benchmarks/zoo.py --zoo FOLDER [--every 8] [--modes 16-true bf16-true bf16-mixed] [--no-gradients]
-                             [--names llama gpt2 …] [--json FILE] [--limit SECONDS] [--jobs 2]
+    python benchmarks/zoo.py --zoo FOLDER [--every 8] [--modes 16-true bf16-true 16-mixed bf16-mixed] [--no-gradients]
+                             [--names llama gpt2 …] [--length 250] [--trained-like]
+                             [--json FILE [--resume]] [--limit SECONDS] [--jobs 2]
 
-FOLDER holds a ``zoo.py`` with ``ZOO``, a mapping whose keys are names, and ``build(name, seed=0, trained_like=False)``,
-which returns ``(model, args, kwargs)``. Each model is audited in a process of its own with a time limit, so that a
-crash or a hang of one is recorded and takes nothing else along. Caches are switched on wherever a configuration has
-them: they are what misleads an audit most.
+FOLDER holds a ``zoo.py`` with ``ZOO``, a mapping whose keys are names, and ``build(name, seed=0, trained_like=False,
+length=20)``, which returns ``(model, args, kwargs)``. Each model is audited in a process of its own with a time limit,
+so that a crash or a hang of one is recorded and takes nothing else along; torch is imported once, in the server that
+these processes are forked from. Caches are switched on wherever a configuration has them: they are what misleads an
+audit most.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-MODES = ("16-true", "bf16-true", "bf16-mixed")
+MODES = ("16-true", "bf16-true", "16-mixed", "bf16-mixed")
+PRELOADED = (
+    "torch",
+    "transformers",
+    "transformers.modeling_utils",
+    "precision_runtime",
+    "precision_runtime.auditing",
+    "zoo",
+)
 
 
 def main() -> int:
     """Audit the models chosen and print what came out. Return 1 where an audit crashed or hung."""
     options = parse()
-    if options.worker:
-        work(options)
-        return 0
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -40,15 +50,21 @@ def main() -> int:
         TimeElapsedColumn,
     )
 
+    os.environ |= {"OMP_NUM_THREADS": str(threads_of(options)), "PYTHONWARNINGS": "ignore"}
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(options.zoo), *filter(None, [os.environ.get("PYTHONPATH")])])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
     names = options.names or listed(options.zoo)[options.offset :: options.every]
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = json.loads(options.json.read_text()) if options.resume else []
+    known = {row["name"] for row in rows}
+    names = [name for name in names if name not in known]
     columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn())
     with (
         Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress,
         concurrent.futures.ThreadPoolExecutor(options.jobs) as pool,
     ):
         task = progress.add_task("zoo", total=len(names))
-        for future in concurrent.futures.as_completed([pool.submit(audited, name, options) for name in names]):
+        for future in concurrent.futures.as_completed([pool.submit(audited, name, options, context) for name in names]):
             found = future.result()
             rows += found
             progress.update(task, advance=1, description=found[0]["name"])
@@ -74,9 +90,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for one model in all modes (default 300)")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="models at a time")
+    parser.add_argument("--length", type=int, default=20, help="tokens of text inputs (default 20)")
+    parser.add_argument("--trained-like", action="store_true", help="outlier channels, as trained models have them")
     parser.add_argument("--json", type=Path, help="write every row here, also while running")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    parser.add_argument("--resume", action="store_true", help="leave out the models that the JSON has already")
+    options = parser.parse_args()
+    if options.resume and not (options.json and options.json.exists()):
+        parser.error("--resume needs --json with a file that exists")
+    return options
+
+
+def threads_of(options: argparse.Namespace) -> int:
+    """Return how many threads each model may use."""
+    return max(1, (os.cpu_count() or 1) // int(options.jobs))
 
 
 def listed(zoo: Path) -> list[str]:
@@ -86,30 +112,31 @@ def listed(zoo: Path) -> list[str]:
     return done.stdout.split()
 
 
-def audited(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def audited(name: str, options: argparse.Namespace, context: Any) -> list[dict[str, Any]]:
     """Audit one model in a process of its own and return one row for each mode, whatever happens."""
-    command = [sys.executable, __file__, "--zoo", str(options.zoo), "--worker", name, "--seed", str(options.seed)]
-    command += ["--modes", *options.modes]
-    command += [] if options.gradients else ["--no-gradients"]
-    command += [] if options.cache else ["--no-cache"]
-    threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"}
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=options.limit, env=environment
-        )
-        output, end = done.stdout, f"ended with status {done.returncode}: {tail(done.stderr)}"
-    except subprocess.TimeoutExpired as expired:
-        output = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
-        end = f"still running after {options.limit:g} s"
-    # The library under audit may print, too: only complete lines of our own count.
-    rows = [json.loads(line[len(MARK) :]) for line in output.splitlines() if line.startswith(MARK)]
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(name, options, sender), daemon=True)
+    process.start()
+    sender.close()
+    rows: list[dict[str, Any]] = []
+    end, deadline = "", time.monotonic() + options.limit
+    while True:
+        if not receiver.poll(max(0.0, deadline - time.monotonic())):
+            end = f"still running after {options.limit:g} s"
+            break
+        try:
+            rows.append(receiver.recv())
+        except EOFError:
+            break
+    if end:
+        process.kill()
+    process.join()
+    end = end or f"ended with status {process.exitcode}"
     missing = [mode for mode in options.modes if mode not in {row["mode"] for row in rows}]
     return rows + [row_of(name, mode, crash=end) for mode in missing]
 
 
 SHOWN = 4  # findings of one model printed; the JSON has them all
-MARK = "row of the zoo: "
 
 
 def row_of(name: str, mode: str, **values: Any) -> dict[str, Any]:
@@ -123,8 +150,19 @@ def tail(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
-def work(options: argparse.Namespace) -> None:
-    """Audit one model in this process and print one marked line for each mode."""
+def work(name: str, options: argparse.Namespace, sender: Any) -> None:
+    """Audit one model in this process and send one row for each mode."""
+    with (
+        Path(os.devnull).open("w") as silence,
+        contextlib.redirect_stdout(silence),
+        contextlib.redirect_stderr(silence),
+    ):
+        for row in rows_of(name, options):
+            sender.send(row)
+
+
+def rows_of(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Audit one model and yield one row for each mode."""
     import traceback
 
     sys.path.insert(0, str(options.zoo))
@@ -134,13 +172,13 @@ def work(options: argparse.Namespace) -> None:
     from precision_runtime import audit
     from precision_runtime.auditing import References
 
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.set_num_threads(threads_of(options))
     try:
-        model, arguments, keywords = build(options.worker, options.seed)
+        model, arguments, keywords = build(name, options.seed, options.trained_like, length=options.length)
     except Exception as error:  # a model that cannot be made says nothing about the audit
         for mode in options.modes:
             message = f"not built: {type(error).__name__}: {error}"
-            print(MARK + json.dumps(row_of(options.worker, mode, remarks=[["not-built", "", message]])), flush=True)
+            yield row_of(name, mode, remarks=[["not-built", "", message]])
         return
     asked: list[list[str]] = []
     if options.cache:
@@ -157,7 +195,7 @@ def work(options: argparse.Namespace) -> None:
     references = References()
     for mode in options.modes:
         if own:
-            print(MARK + json.dumps(row_of(options.worker, mode, remarks=[["not-run", "", own]])), flush=True)
+            yield row_of(name, mode, remarks=[["not-run", "", own]])
             continue
         start = time.perf_counter()
         try:
@@ -173,10 +211,10 @@ def work(options: argparse.Namespace) -> None:
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(last.filename).name}:{last.lineno}"
-            row = row_of(options.worker, mode, crash=f"{type(error).__name__}: {tail(str(error))} ({where})")
+            row = row_of(name, mode, crash=f"{type(error).__name__}: {tail(str(error))} ({where})")
         else:
             row = row_of(
-                options.worker,
+                name,
                 mode,
                 findings=[[f.module, f.kind, f.where, round(f.lost_bits, 1), f.op, f.message] for f in report.findings],
                 remarks=asked + [[r.kind, r.module, r.message] for r in report.remarks],
@@ -184,7 +222,7 @@ def work(options: argparse.Namespace) -> None:
                 calls=report.calls,
             )
         row["seconds"] = round(time.perf_counter() - start, 2)
-        print(MARK + json.dumps(row), flush=True)
+        yield row
 
 
 def refusal(model: Any, arguments: Any, keywords: Any, gradients: bool) -> str:
@@ -232,9 +270,8 @@ def show(rows: list[dict[str, Any]]) -> None:
         if not (row["findings"] or row["crash"]):
             continue
         found = [f"{module or '(whole)'} {kind} {where} {lost}" for module, kind, where, lost, *_ in row["findings"]]
-        text = (
-            f"CRASH {row['crash']}" if row["crash"] else "\n".join(found[:4] + [f"… {len(found)}"] * (len(found) > 4))
-        )
+        more = [f"… {len(found)}"] * (len(found) > SHOWN)
+        text = f"CRASH {row['crash']}" if row["crash"] else "\n".join(found[:SHOWN] + more)
         counts = Counter(kind for kind, *_ in row["remarks"])
         remarks = " ".join(f"{kind}:{count}" for kind, count in counts.items())
         table.add_row(row["name"], row["mode"], text, remarks, str(row["calls"]), f"{row['seconds']:.1f}")
