@@ -25,6 +25,7 @@ from precision_runtime.errors import ConfigurationError, PrecisionError
 from precision_runtime.islands import island_around, islands_in
 from precision_runtime.layers import QuantizedLayer
 from precision_runtime.printing import printed
+from precision_runtime.unwrapping import inside
 from precision_runtime.work import Kind
 
 # Everything else that a product or reduction runs in has fewer bits of significand than float32.
@@ -99,7 +100,7 @@ class Ledger:
             raise ConfigurationError(f"a ledger takes torch.nn.Modules, got {', '.join(wrong)}")
         self.lane = lane
         self.unknown: tuple[str, ...] = tuple(unknown)
-        self._models, self._tf32, self._done = models, tf32, done
+        self._models, self._tf32, self._done = tuple(map(inside, models)), tf32, done
         self._entries: tuple[Entry, ...] | None = None if before is None else tuple(before)
         self._book: Bookkeeper | None = None
 

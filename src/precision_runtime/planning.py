@@ -25,6 +25,7 @@ from precision_runtime.swapping import Swap
 from precision_runtime.tables import law_of
 from precision_runtime.targets import Place, Targets, places
 from precision_runtime.toll import changed, is_readable, toll
+from precision_runtime.unwrapping import inside
 
 # Layers whose parameters autocast brings to half, on every accelerator: they go into products and nothing else.
 _PRODUCTS = (nn.Linear, nn.Bilinear, _ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
@@ -41,9 +42,12 @@ def plan_for(
 ) -> Plan:
     """The plan of ``setup(model, *optimizers)``; ``lane`` is mode and accelerator, for people.
 
+    Of a framework's wrapper the plan is that of the model inside.
+
     ``scaled``: the loss is scaled; ``wide``: optimizers compute in float32 on half weights. Raises as ``setup`` does
     for names that match nothing and for a model that is set up in another mode.
     """
+    model = inside(model)
     forwarding.check(model, strategy)
     islands = islands_in(model) or plan_islands(model, strategy)
     swaps = strategy.swaps(model)

@@ -161,8 +161,8 @@ def test_plan_ledger_and_audit_work_on_what_the_plugin_has_set_up():
         fabric.backward(wrapped(batches()[0]).square().mean())
     assert plugin.runtime.verify(0.99) == ledger.low_precision == 1.0
     assert {part.module for part in ledger.parts()} == {"0", "2"}
-    assert plugin.runtime.plan(model)["0.weight"].cast == "bfloat16"
-    assert audit(plain(wrapped), batches()[0], mode="bf16-mixed").ok
+    assert plugin.runtime.plan(wrapped)["0.weight"].cast == "bfloat16"
+    assert audit(wrapped, batches()[0], mode="bf16-mixed").ok
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true"])
@@ -173,11 +173,29 @@ def test_ledger_and_audit_work_on_what_fabric_has_set_up_by_itself(precision):
     with Ledger(wrapped) as ledger:
         wrapped(batches()[0])
     assert ledger.low_precision == (0.0 if precision == "32-true" else 1.0)
+    assert {part.module for part in ledger.parts()} == {"0", "2"}
     assert plain(wrapped) is model
-    report = audit(plain(wrapped), batches()[0], mode="bf16-mixed")
     twin = network().to(next(model.parameters()).dtype)
-    assert report.ok
-    assert report.excess == audit(twin, batches()[0], mode="bf16-mixed").excess
+    expected = audit(twin, batches()[0], mode="bf16-mixed")
+    assert expected.ok
+    for judged in (wrapped, lambda x: wrapped(x)):  # the wrapper has no say, wherever it is called from
+        report = audit(judged, batches()[0], mode="bf16-mixed")
+        assert (report.ok, report.excess) == (True, expected.excess)
+    assert "forward" not in vars(wrapped)
+    assert audit(wrapped, batches()[0], mode="bf16-mixed").subject == "Sequential"
+
+
+def test_a_defect_inside_fabric_s_wrapper_is_named_by_the_path_in_the_user_s_model():
+    class Loose(nn.Module):
+        def forward(self, x):
+            return x - x.square().mean(-1, keepdim=True) + x.mean(-1, keepdim=True).square()
+
+    model = nn.Sequential(network()[0], Loose())
+    nn.init.constant_(model[0].bias, 30.0)
+    wrapped = Fabric(accelerator="cpu", devices=1, precision="bf16-true").setup(model)
+    (finding, *_) = audit(wrapped, batches()[0], mode="bf16-true").findings
+    assert finding.module == "1"
+    assert wrapped(batches()[0]).dtype is torch.float32  # and Fabric casts again
 
 
 def test_quantised_weights_leave_the_optimizer_to_the_rest():

@@ -6,9 +6,12 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
+
+from precision_runtime.unwrapping import bare, inside
 
 _DEPTH = 4  # functions within functions that are followed
 
@@ -17,17 +20,13 @@ def find_modules(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapp
     """Return the root modules by the name that findings give them; ``""`` for a module that is itself judged.
 
     A lambda, a bound method (of a module or of an object that holds modules), a ``functools.partial`` and modules among
-    the arguments are followed. A module inside another root is not a root of its own.
+    the arguments are followed. A module inside another root is not a root of its own. Of a framework's wrapper the
+    model inside counts.
     """
     found: dict[int, tuple[str, nn.Module]] = {}
-    for name, module in _search(function, "", 0, set()):
+    for name, wrapper in _everything(function, args, kwargs):
+        module = inside(wrapper)
         found.setdefault(id(module), (name, module))
-    for i, value in enumerate(args):
-        if isinstance(value, nn.Module):
-            found.setdefault(id(value), (f"args[{i}]", value))
-    for key, value in kwargs.items():
-        if isinstance(value, nn.Module):
-            found.setdefault(id(value), (key, value))
     inner = {id(m) for _, root in found.values() for n, m in root.named_modules() if n}
     roots: dict[str, nn.Module] = {}
     for name, module in found.values():
@@ -36,13 +35,32 @@ def find_modules(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapp
     return roots
 
 
+def as_written(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> AbstractContextManager[None]:
+    """Context in which no framework casts around the modules that ``function`` runs."""
+    return bare([module for _, module in _everything(function, args, kwargs)])
+
+
 def name_of(function: Any) -> str:
     """What a report calls the function: a module's class, a function's name."""
     if isinstance(function, nn.Module):
-        return type(function).__name__
+        return type(inside(function)).__name__
     if isinstance(function, functools.partial):
         return name_of(function.func)
     return str(getattr(function, "__qualname__", type(function).__name__)).rpartition("<locals>.")[2]
+
+
+def _everything(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[str, nn.Module]]:
+    yield from _search(function, "", 0, set())
+    for name, value in ((f"args[{i}]", value) for i, value in enumerate(args)):
+        if isinstance(value, nn.Module):
+            yield name, value
+    for name, value in kwargs.items():
+        if isinstance(value, nn.Module):
+            yield name, value
 
 
 def _search(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:

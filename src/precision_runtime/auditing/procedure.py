@@ -16,7 +16,7 @@ from precision_runtime.accelerators import resolve
 from precision_runtime.auditing.again import Again, moved_inputs, moved_parameters
 from precision_runtime.auditing.blame import findings_of
 from precision_runtime.auditing.calls import moved_weights
-from precision_runtime.auditing.discover import find_modules, name_of
+from precision_runtime.auditing.discover import as_written, find_modules, name_of
 from precision_runtime.auditing.dispatch import LowWatch, TrueDouble, plain_double
 from precision_runtime.auditing.failing import error_finding, no_reference
 from precision_runtime.auditing.judge import Judge
@@ -155,11 +155,12 @@ class _Trial:
         self._products = FORMATS[mode.products].unit_roundoff if mode.family == "tf32" else 0.0
 
     def report(self) -> Report:
-        worlds = Worlds(self.roots, self.originals)
-        try:
-            return self._report(worlds)
-        finally:
-            worlds.restore()
+        with as_written(self.function, self.args, self.kwargs):
+            worlds = Worlds(self.roots, self.originals)
+            try:
+                return self._report(worlds)
+            finally:
+                worlds.restore()
 
     def _report(self, worlds: Worlds) -> Report:
         for root in self.roots.values():
