@@ -354,14 +354,14 @@ class _Trial:
         sheet = self._sheet(low, reference.run, true_grads, names)
         forward_u = self._u_of(None)
 
-        def sample(number: int, width: float) -> Sample:
+        def sample(number: int, width: float, norms: bool = True) -> Sample:
             # Decisions were rounded in other places in other modes.
             own = self.mode.name if self._products or any(c.moved for c in low.calls) else ""
             decisions = tuple(d for c in low.calls for d in c.trace.decisions)
-            key = (width * forward_u, width * step, own, self._exact.key, decisions)
+            key = (width * forward_u, width * step, own, self._exact.key, decisions, norms)
             made = reference.samples.setdefault(key, [])
             while len(made) <= number:
-                run, _ = self._true(worlds, yardstick.noise(forward_u, len(made), width))
+                run, _ = self._true(worlds, yardstick.noise(forward_u, len(made), width, norms))
                 made.append(sample_of(run, names))
             return made[number]
 
