@@ -96,6 +96,10 @@ class TrueDouble(TorchDispatchMode):
     unit roundoff of the operands of matrix products and convolutions where a mode rounds those more coarsely.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch's guard against its compiler costs more than what is done here with most ops
+
     def __init__(
         self, noise: Noise | None = None, marks: Sequence[bool] = (), masking: Masking | None = None,
         products: float = 0.0,
@@ -204,6 +208,10 @@ class LowWatch(TorchDispatchMode):
     ``products`` holds the dtypes that matrix products and convolutions ran in, ``defects`` the known backend defects
     that were met; those are computed rightly instead, so that they hide nothing else.
     """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch's guard against its compiler costs more than what is done here with most ops
 
     def __init__(self, low: torch.dtype, masking: Masking | None = None) -> None:
         super().__init__()

@@ -67,6 +67,10 @@ class Observer(TorchDispatchMode):
     deep as module calls are nested. Ops deeper than ``depth`` are inner ones.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch's guard against its compiler costs more than what is done here with most ops
+
     def __init__(self) -> None:
         super().__init__()
         self.active = False
