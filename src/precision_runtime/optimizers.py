@@ -129,7 +129,7 @@ def _steps(
     if still:
         yield Hazard(
             name, number, "lr", step, 0.0, dtype, "loss",
-            f"{what} is below half a unit in the last place of {still / meant:.0%} of the weights, which do not move. "
+            f"{what} is below half a unit in the last place of {still:,} of {meant:,} weights, which do not move. "
             "updates='stochastic' or 'kahan' keeps such steps",
         )  # fmt: skip
 

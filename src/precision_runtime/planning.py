@@ -96,7 +96,7 @@ def _tensor(
         if whole:
             risks.append(f"{whole} whole numbers become others in {_name(counted)}")
         if zero and not heavy:
-            notes.append(f"{zero} values become 0, which weighs less than the roundings of their neighbours")
+            notes.append(f"{zero} of {elements} become 0, which weighs less than the roundings of their neighbours")
     if before != after:
         risks += _table_risks(place, dtype)
         other = shared.get(id(tensor))
@@ -140,7 +140,7 @@ def _gradient(place: Place, gradient: torch.Tensor, targets: Targets) -> Iterato
         yield Row(name, "gradient", before, after, gradient.numel(), "", None, None, None, (), ("values unknown",))
         return
     risks = [f"{paid.inf} values become inf"] if paid.inf else []
-    risks += [f"{paid.zero} values become 0"] if paid.zero and paid.heavy else []
+    risks += [f"{paid.zero} of {gradient.numel()} values become 0"] if paid.zero and paid.heavy else []
     yield Row(name, "gradient", before, after, gradient.numel(), "", paid.inf, paid.zero, 0, tuple(risks))
 
 

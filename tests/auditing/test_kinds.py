@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -201,6 +202,34 @@ def test_right_code_on_inputs_that_a_true_mode_cannot_resolve_is_remarked_on_and
     report = audit(lambda x: x - x.mean(-1, keepdim=True), torch.randn(32, 64) + 1000.0, mode=mode, gradients=False)
     assert report.ok, report
     assert {r.kind for r in report.remarks} == {"ill-conditioned"}
+
+
+def apart(net: nn.Module, x: torch.Tensor, y: torch.Tensor, bad: bool) -> torch.Tensor:
+    """1 - cos of the angle between two directions a few degrees apart."""
+    one = net(x)
+    two = one + 0.03 * y
+    if not bad:
+        one, two = one.float(), two.float()
+    p, q = one / one.norm(dim=-1, keepdim=True), two / two.norm(dim=-1, keepdim=True)
+    return (1 - (p * q).sum(-1) if bad else (p - q).square().sum(-1) / 2).to(x.dtype)
+
+
+@pytest.mark.parametrize("mode", ["16-true", "bf16-true"])
+@pytest.mark.parametrize("bad", [False, True])
+def test_the_rounding_of_a_norm_is_granted_and_what_a_formula_makes_of_it_is_not(bad: bool, mode: str) -> None:
+    # 1 - cos is known to one rounding of 1, a thousand times more than the inputs' rounding moves it. Half the squared
+    # distance of unit vectors in FP32 is as good as the inputs are.
+    net, x, y = Does(functools.partial(apart, bad=bad)), torch.randn(200, 16), torch.randn(200, 16)
+    true = nn.Linear(16, 16).double()
+    a, b = (apart(true, x.double(), y.double(), kind) for kind in (False, True))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)  # one function, one of them through FP32
+    report = audit(net, x, y, mode=mode, gradients=False)
+    assert report.ok is not bad, report
+    if bad:
+        (finding,) = report.findings
+        assert finding.kind == "instability"
+        assert "the rounding of a norm inside" in finding.message
+        assert "falls from" in str(finding.proof)
 
 
 @pytest.mark.parametrize("bad", [False, True])

@@ -51,6 +51,20 @@ def test_an_island_computes_in_float32_in_every_mode(mode):
 
 
 @pytest.mark.parametrize("mode", LOW, ids=str)
+def test_a_batch_norm_may_be_an_island_in_float64_in_every_mode(mode):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 32))
+    seen = []
+    model = PrecisionRuntime(mode, "cpu", islands={"1": "64"}).setup(network)
+    model[1].register_forward_hook(lambda module, args, result: seen.append(result.dtype))
+    assert model(torch.randn(16, 64)).isfinite().all()
+    tensors = {**dict(model[1].named_parameters()), **dict(model[1].named_buffers())}
+    assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.float64}
+    assert seen == [torch.float32 if mode.autocast else strategy_for(mode, torch.device("cpu")).dtype]
+    assert model[1].running_var.sub(1.0).abs().max() > 0
+
+
+@pytest.mark.parametrize("mode", LOW, ids=str)
 def test_the_ledger_proves_that_every_mode_takes_effect(mode):
     runtime, _, ledger = run(mode)
     assert runtime.verify(1.0) == 1.0

@@ -9,12 +9,15 @@ reference of everything inside that call. Perturbed runs are made only where a r
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 
 from precision_runtime.auditing.calls import anchored, covers, is_wrapper, match
-from precision_runtime.auditing.excess import Judgement
+from precision_runtime.auditing.excess import Judgement, Pair
 from precision_runtime.auditing.failing import first_line
 from precision_runtime.auditing.recorder import Call
 from precision_runtime.auditing.references import Sample
@@ -41,8 +44,24 @@ AMPLIFICATION = 24.0
 # move the result by a fourth of AMPLIFICATION. Healthy mixtures of experts: 2.3 to 3.0; a Gaussian process: 17.
 NARROW = 1 / 256
 NARROW_SAMPLES = 4
+# The result of a norm is no operand. Its rounding is granted, because it is the same for a whole row and nothing
+# averages it out; but a formula that turns it into more than AMPLIFICATION roundings of its own result is unstable by
+# definition: the function is not as steep as that in what it was given.
+BARE_SAMPLES = 4
 
-Sampler = Callable[[int, float], Sample]  # the n-th perturbed run, disturbed by so many u
+
+class Sampler(Protocol):
+    """Makes perturbed runs."""
+
+    def __call__(self, number: int, width: float, norms: bool = True) -> Sample:
+        """The run of this number, disturbed by ``width`` u; without ``norms`` their results are not disturbed."""
+
+
+def without_norms(entry: Pair, bare: Judgement) -> float:
+    """The excess where runs that leave norms as they are gave ``bare``: AMPLIFICATION roundings are granted besides."""
+    if entry.decision or bare.settled or not 0.0 < bare.excess < math.inf:
+        return 0.0
+    return entry.rms_error / math.hypot(entry.rms_error / bare.excess, AMPLIFICATION * entry.u * entry.rms_reference)
 
 
 class Judge:
@@ -82,8 +101,8 @@ class Judge:
         if sheet is not None and twin is not None and not sheet.apart and anchored(call, twin):
             failed = self._visit_all(call.children, twins, enclosing)
 
-            def within(number: int, width: float) -> Sample:
-                return enclosing(number, width).inner[twin.name, twin.index]
+            def within(number: int, width: float, norms: bool = True) -> Sample:
+                return enclosing(number, width, norms).inner[twin.name, twin.index]
 
             judged = self.decide(sheet, within, failed, call)
             return failed | self._note(call, judged, sheet, failed, within)
@@ -199,6 +218,8 @@ class Judge:
             flips = flips or any(id(c) in self._flipped for c in (self.low.calls if call is None else call.subtree()))
             if where == "forward" and sample is not None and not verdict.failed and not flips and not coarse:
                 verdict.amplification = self._amplification(judged, sheet, sample)
+                if verdict.amplification > 0.0 and not self.yardstick.mixed:
+                    self._without_norms(verdict, sheet, sample)
             self.verdicts.append(verdict)
             if verdict.failed or (self.yardstick.mixed and verdict.amplification > 0.0):
                 out.add(where)
@@ -223,6 +244,24 @@ class Judge:
             if moves[len(moves) // 2] < least:
                 del steep[site]
         return max(steep.values(), default=0.0)
+
+    def _without_norms(self, verdict: Verdict, sheet: Sheet, sample: Sampler) -> None:
+        """Fail a steep call whose error only the disturbed results of norms inside it explain."""
+        limit = self.yardstick.limit
+        again = sheet.only(("forward", j.tensor) for j in verdict.judgements)
+        bare = again.judge(limit, [sample(n, 1.0, norms=False) for n in range(BARE_SAMPLES)])
+        for number, before in enumerate(verdict.judgements):
+            entry = sheet.pairs["forward", before.tensor]
+            excess = without_norms(entry, bare["forward", before.tensor])
+            if excess > limit:
+                verdict.judgements[number] = replace(
+                    before, excess=excess, worst=entry.farthest(limit * entry.rms_error / excess),
+                    note=f"the error is {excess:.3g} times what rounding the operands must cost: the rounding of a "
+                    "norm inside, which is no operand, is magnified so much",
+                )  # fmt: skip
+                verdict.failed = verdict.bare = True
+        if verdict.failed:
+            verdict.amplification = 0.0
 
     # -- sheets -----------------------------------------------------------------------------------------------------
 

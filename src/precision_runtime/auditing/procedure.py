@@ -25,7 +25,7 @@ from precision_runtime.auditing.masking import Masking
 from precision_runtime.auditing.noise import Exact, Noise
 from precision_runtime.auditing.opblame import blame_op
 from precision_runtime.auditing.originals import Originals
-from precision_runtime.auditing.proof import Stage
+from precision_runtime.auditing.proof import Stage, dithered
 from precision_runtime.auditing.randomness import reseed, seeded
 from precision_runtime.auditing.recorder import Call, Recorder
 from precision_runtime.auditing.recurrent import noisy_states
@@ -180,12 +180,7 @@ class _Trial:
         except Exception as error:
             raise self._no_reference(worlds, error) from error
         judge = self._judge(worlds, low, reference)
-        stage = Stage(
-            self.function, self.args, self.kwargs, self.mode, self.strategy, self.seed, worlds,
-            list(self._parameters.values()), _parameter_names(worlds), low, judge,
-            lambda: LowWatch(getattr(torch, self.mode.compute), self._masking),
-            lambda: TrueDouble(masking=self._masking),
-        )  # fmt: skip
+        stage = self._stage(worlds, low, judge)
         search = (lambda verdict: blame_op(stage, verdict)) if self.explain else None
         findings, remarks = findings_of(judge, search)
         findings = [*self._not_applied(low), *findings]
@@ -365,9 +360,20 @@ class _Trial:
                 made.append(sample_of(run, names))
             return made[number]
 
-        judge.replicas = Replicas(lambda number: self._again(worlds, yardstick, number))
+        stage = self._stage(worlds, low, judge)
+        judge.replicas = Replicas(
+            lambda number: self._again(worlds, yardstick, number), lambda where, number: dithered(stage, where, number)
+        )
         judge.whole(reference.run, sheet, sample)
         return judge
+
+    def _stage(self, worlds: Worlds, low: Run, judge: Judge) -> Stage:
+        return Stage(
+            self.function, self.args, self.kwargs, self.mode, self.strategy, self.seed, worlds,
+            list(self._parameters.values()), _parameter_names(worlds), low, judge,
+            lambda: LowWatch(getattr(torch, self.mode.compute), self._masking),
+            lambda: TrueDouble(masking=self._masking),
+        )  # fmt: skip
 
     def _sheet(self, low: Run, true: Run, true_grads: dict[int, torch.Tensor], names: dict[int, str]) -> Sheet:
         """The whole function's results and gradients beside the reference's."""

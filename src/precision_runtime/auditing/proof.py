@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from precision_runtime.auditing.dispatch import LowWatch, TrueDouble
-from precision_runtime.auditing.judge import AMPLIFICATION, Judge
+from precision_runtime.auditing.dithering import Dithering
+from precision_runtime.auditing.judge import AMPLIFICATION, Judge, without_norms
 from precision_runtime.auditing.lane import lane
 from precision_runtime.auditing.observer import Observer
 from precision_runtime.auditing.randomness import reseed
@@ -73,6 +74,15 @@ class Stage:
             if observer is not None:
                 stack.enter_context(observer)
             yield watch, forward
+
+
+def dithered(stage: Stage, where: str, number: int) -> Sheet | None:
+    """The whole function once more, with roundings drawn by chance, beside FP64; None where it raises then."""
+    scene = Scene(stage, Verdict(None, where, []))
+    try:
+        return scene.sheet(scene.run(Dithering(stage.seed, number)))
+    except Exception:
+        return None
 
 
 @dataclass
@@ -169,25 +179,10 @@ class Scene:
             shadow = observer.shadows.get(t) if observer is not None else None
             return t if shadow is None else shadow
 
-        truth = self._truth()
-        if truth is None:
+        sheet, where, yardstick = self.sheet(run, value), self.verdict.where, self.stage.judge.yardstick
+        if sheet is None:
             return math.inf
-        true, gradients = truth
-        stage, call, where = self.stage, self.verdict.call, self.verdict.where
-        yardstick = stage.judge.yardstick
-        u = yardstick.own_u(call, where)
-        sheet = Sheet()
-        if where == "forward":
-            sheet.add_outputs([(path, value(t)) for path, t in run.outputs], true.outputs, u, yardstick.step)
-        else:
-            for path, grad in run.input_grads.items():
-                sheet.add_gradient(
-                    input_name(path), value(grad), true.input_grads.get(path), u, yardstick.step, stage.low.scale
-                )
-            for key, name in self._owned().items():
-                low = run.parameter_grads.get(key)
-                low = None if low is None else value(low)
-                sheet.add_gradient(name, low, gradients.get(key), u, yardstick.step, stage.low.scale)
+        u = yardstick.own_u(self.verdict.call, where)
         wanted = {(where, j.tensor) for j in self.verdict.judgements if self.steep or j.score > yardstick.limit}
         sheet = sheet.only(wanted & set(sheet.pairs))
         if set(sheet.pairs) != wanted:
@@ -198,7 +193,30 @@ class Scene:
         open_ = {site for site, j in judged.items() if not j.settled and j.score > 1.0}
         if open_:
             judged.update(sheet.only(open_).judge(yardstick.limit, self._perturbed(open_)))
+        if self.verdict.bare:
+            return max(without_norms(sheet.pairs[site], judged[site]) for site in wanted)
         return max((j.score for j in judged.values()), default=math.inf)
+
+    def sheet(self, run: Run, value: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> Sheet | None:
+        """The results of ``run`` beside FP64, in this scene's direction; None where there is no FP64 run."""
+        truth = self._truth()
+        if truth is None:
+            return None
+        true, gradients = truth
+        stage, yardstick, sheet = self.stage, self.stage.judge.yardstick, Sheet()
+        u = yardstick.own_u(self.verdict.call, self.verdict.where)
+        if self.verdict.where == "forward":
+            sheet.add_outputs([(path, value(t)) for path, t in run.outputs], true.outputs, u, yardstick.step)
+            return sheet
+        for path, grad in run.input_grads.items():
+            sheet.add_gradient(
+                input_name(path), value(grad), true.input_grads.get(path), u, yardstick.step, stage.low.scale
+            )
+        for key, name in self._owned().items():
+            low = run.parameter_grads.get(key)
+            low = None if low is None else value(low)
+            sheet.add_gradient(name, low, gradients.get(key), u, yardstick.step, stage.low.scale)
+        return sheet
 
     def _truth(self) -> tuple[Run, dict[int, torch.Tensor]] | None:
         if self._true is None:
@@ -218,8 +236,8 @@ class Scene:
         while len(self._samples) < SAMPLES:
             number = len(self._samples)
             if call is not None:
-                self._samples.append(judge.replays.sample(call, number, 1.0))
+                self._samples.append(judge.replays.sample(call, number, 1.0, norms=not self.verdict.bare))
             else:
                 assert judge.sampler is not None
-                self._samples.append(judge.sampler(number, 1.0))
+                self._samples.append(judge.sampler(number, 1.0, norms=not self.verdict.bare))
         return self._samples

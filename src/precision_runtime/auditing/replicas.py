@@ -27,6 +27,9 @@ CERTAIN = 4.0
 # below it in 2 of 1,000 (chi-squared, 4 degrees of freedom). What is not clear by then is judged on 16.
 FIRST, ALL = 3, 15
 CLEAR = 0.375  # of the limit
+# Rounded to nearest, a value anywhere between two neighbours is off by their gap / sqrt(12) (rms); rounded by chance,
+# as far as p(1 - p) has it for p uniform in [0, 1], by their gap / sqrt(6).
+BY_CHANCE = math.sqrt(2.0)
 
 
 class Replica(Protocol):
@@ -41,9 +44,14 @@ class Replica(Protocol):
 
 @dataclass
 class Replicas:
-    """Makes replicas when asked, once each; None where one could not be made (the code checks its values)."""
+    """Makes replicas when asked, once each; None where one could not be made (the code checks its values).
+
+    ``dithered`` makes runs of the whole function on its very inputs, with roundings that are drawn by chance: beside
+    FP64, in the direction and by the number given.
+    """
 
     make: Callable[[int], Replica | None]
+    dithered: Callable[[str, int], Sheet | None] = lambda where, number: None
     made: list[Replica | None] = field(default_factory=list)
 
     def get(self, number: int) -> Replica | None:
@@ -80,7 +88,36 @@ def replicated(
         for site, before in open_.items():
             out[site] = _over(before, errors[site], sheet.pairs[site], limit)
         open_ = {s: j for s, j in open_.items() if out[s].excess > clear}
+    if call is None:
+        for site, after in out.items():
+            if sheet.pairs[site].reference.numel() == 1 and after.excess <= limit:
+                out[site] = _by_chance(replicas, site, after, judged[site], sheet.pairs[site], limit)
     return out
+
+
+def _by_chance(
+    replicas: Replicas, site: Site, after: Judgement, before: Judgement, entry: Pair, limit: float
+) -> Judgement:
+    """The judgement ``after`` replicas, or a worse one that runs with roundings drawn by chance lead to.
+
+    A replica is disturbed less than a running total's last place, so it may be as lucky as the judged run was.
+    """
+    errors: list[float] = []
+    for count, clear in ((FIRST + 1, CLEAR * limit), (ALL + 1, limit)):
+        while len(errors) < count:
+            drawn = replicas.dithered(site[0], len(errors))
+            other = None if drawn is None else drawn.pairs.get(site)
+            if other is None or other.lost is not None:
+                return after
+            errors.append(other.rms_error)
+        excess = math.sqrt(sum(e * e for e in errors) / count) / BY_CHANCE * before.excess / before.error
+        if excess <= clear:
+            return after
+    return replace(
+        after, excess=excess, worst=after.worst or entry.farthest(limit * before.error / before.excess),
+        note=f"the error is {excess:.3g} times what rounding the operands must cost (rms of {len(errors)} runs whose "
+        f"roundings were drawn by chance; {before.excess:.3g} times in the judged one)",
+    )  # fmt: skip
 
 
 def _open(sheet: Sheet, site: Site, judgement: Judgement, limit: float) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from precision_runtime.building import Building
-from precision_runtime.casting import CAST, FLOATING, TO, CastTable, cast_call
+from precision_runtime.casting import CAST, FLOATING, HALF_TO_SINGLE, TO, CastTable, cast_call
 from precision_runtime.forwarding import is_suspended
 from precision_runtime.master import attach, keeping
 from precision_runtime.modes import Mode
@@ -101,8 +101,12 @@ def _floating(norm: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor | N
 
 
 def _put_back(norm: nn.Module, tensors: dict[str, tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+    """Give a norm its tensors back, but for those that an island keeps wide already."""
     for name, (value, gradient) in tensors.items():
         parameter = norm._parameters.get(name)
+        now = norm._buffers[name] if parameter is None else parameter
+        if now is None or now.dtype not in HALF_TO_SINGLE:
+            continue
         if parameter is None:
             norm._buffers[name] = value
         else:
