@@ -38,7 +38,8 @@ def test_what_is_exact_stays_and_what_is_not_becomes_a_neighbour(dtype: torch.dt
         off = found.double() - x.double() / 3.0
         step = torch.finfo(dtype).eps / torch.where(x.double() < 1.5, 4.0, 2.0)  # below 1/2 and from 1/2 on
         assert bool((off.abs() < step).all())
-        assert bool((off > 0).any()) and bool((off < 0).any())
+        assert bool((off > 0).any())
+        assert bool((off < 0).any())
         nearest = ((x.double() / 3.0).to(dtype) == found).double().mean()
         assert 0.4 < float(nearest) < 0.95  # some are rounded to the farther neighbour
 
@@ -79,13 +80,14 @@ class Total(nn.Module):
 
 
 @pytest.mark.parametrize("wide", [False, True])
-def test_a_running_total_that_came_out_well_by_luck_is_found(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def found(seed: int) -> bool:
+@pytest.mark.parametrize("seed", [2, 9])
+def test_a_running_total_that_came_out_well_by_luck_is_found(
+    seed: int, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judged() -> float:
         torch.manual_seed(seed)
-        return not audit(Total(wide), torch.randn(300, 8), mode="16-true", gradients=False).ok
+        return audit(Total(wide), torch.randn(300, 8), mode="16-true", gradients=False).excess
 
-    seeds = (0, 1, 2)
-    by_chance = [found(seed) for seed in seeds]
-    assert by_chance == [not wide] * len(seeds)
+    assert (judged() > 4.0) is not wide
     monkeypatch.setattr(replicas, "_by_chance", lambda replicas, site, after, *rest: after)
-    assert wide or not all(found(seed) for seed in seeds)
+    assert judged() < 4.0
