@@ -91,6 +91,30 @@ def test_an_overflow_inside_is_told_from_a_result_out_of_range() -> None:
     assert audit(lambda x: x * x, torch.full((2, 4), 300.0), mode="bf16-true", gradients=False).ok
 
 
+@pytest.mark.parametrize(("reach", "healthy"), [(2.0**3, True), (2.0**14, False)])
+def test_a_gradient_of_a_sum_that_only_a_loss_scale_below_one_keeps_is_no_finding(reach: float, healthy: bool) -> None:
+    model, x = nn.Linear(8, 1), torch.full((2**16, 8), reach)
+    gradient = 2**16 * reach  # of the sum over all rows with respect to each weight; the audit's is within a fourth
+    assert gradient > FORMATS["float16"].max
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=10**6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    while True:  # the other witness: where torch's own scaler settles
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = model(x).float().sum()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        before = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        if scaler.get_scale() == before:
+            break
+    assert gradient * before <= FORMATS["float16"].max < gradient * before * 2
+    assert (before >= 2.0**-12) == healthy  # the smallest that is tried
+    report = audit(model, x, mode="16-mixed")
+    assert report.ok == healthy, report
+    assert healthy or report.findings[0].kind == "range"
+
+
 def test_what_is_lost_below_the_exponent_is_found_and_one_subnormal_step_is_not() -> None:
     def through(scale: float):  # type: ignore[no-untyped-def]
         return lambda x: x * scale

@@ -49,12 +49,13 @@ from precision_runtime.record import Finding, Remark, Report
 from precision_runtime.strategies import Strategy, strategy_for
 from precision_runtime.tree import leaves, map_tensors
 
-# Loss scales in the order in which a dynamic scaler comes to them from GradScaler's start of 2^16, four halvings at a
-# time: which of them is the first that keeps gradients finite does not matter to within those 4 bits of range.
-SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
 # Without a scaler the incoming gradient of outputs that are no scalar loss is ours to choose, and users' means make it
 # small: a gradient that only our sum over all outputs overflows is nobody's defect.
 SUM_SCALES = (1.0, 2.0**-4, 2.0**-8, 2.0**-12, 1.0)
+# Loss scales in the order in which a dynamic scaler comes to them from GradScaler's start of 2^16, four halvings at a
+# time: which of them is the first that keeps gradients finite does not matter to within those 4 bits of range.
+# GradScaler halves below 1, too, where a loss is as large as a sum over all outputs.
+SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, *SUM_SCALES)
 
 # A parameter's gradient this much smaller than the largest one is what FP64's own rounding (2^-53 of the terms, sums of
 # some hundred of them) leaves of an exact zero, such as a query's gradient where there is one key.
