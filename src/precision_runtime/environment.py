@@ -63,17 +63,38 @@ def chosen_accelerator(given: object) -> object:
     Raises ``ConfigurationError`` where they contradict each other; "cuda" and "cuda:1" do not, and the second counts.
     """
     asked, named = _asked(ACCELERATOR), str(given).strip().lower()
-    if asked in ("", "auto") or named == asked:
-        return given
-    if named == "auto" or asked.startswith(f"{named}:"):
-        return asked
-    if named.startswith(f"{asked}:"):
-        return given
-    raise ConfigurationError(
-        f"this runtime is made with accelerator={str(given)!r}, and the environment asks for {asked!r} "
-        f"({ACCELERATOR}, which `precision-runtime run --accelerator` sets). Leave the accelerator out, or unset the "
-        "variable"
-    )
+    exact = _more_exact(asked, named)
+    if exact is None:
+        raise ConfigurationError(
+            f"this runtime is made with accelerator={str(given)!r}, and the environment asks for {asked!r} "
+            f"({ACCELERATOR}, which `precision-runtime run --accelerator` sets). Leave the accelerator out, or unset "
+            "the variable"
+        )
+    return given if exact == named else exact
+
+
+def for_script(mode: Mode, accelerator: str) -> dict[str, str]:
+    """The variables that give a script this mode and accelerator, together with those that are set already.
+
+    Raises ``ConfigurationError`` where ``--precision`` or ``--accelerator`` contradict what is set.
+    """
+    asked, place = _asked(MODE), _asked(ACCELERATOR)
+    exact = _more_exact(place, accelerator.strip().lower())
+    wrong = []
+    if asked and parse_mode(asked, f"the environment variable {MODE}").name != mode.name:
+        wrong.append(f"--precision {mode} and {MODE}={asked}")
+    if exact is None:
+        wrong.append(f"--accelerator {accelerator} and {ACCELERATOR}={place}")
+    if wrong:
+        raise ConfigurationError(f"{', '.join(wrong)}: these contradict each other; leave one out, or unset it")
+    return {MODE: mode.name, ACCELERATOR: exact or "auto"}
+
+
+def _more_exact(asked: str, named: str) -> str | None:
+    """Which of two accelerators says more, as "cuda:1" says more than "cuda" and "auto"; None where they differ."""
+    if asked in ("", "auto") or named == asked or named.startswith(f"{asked}:"):
+        return named
+    return asked if named == "auto" or asked.startswith(f"{named}:") else None
 
 
 def _asked(variable: str) -> str:

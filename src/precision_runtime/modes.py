@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from precision_runtime.errors import unknown_names
 from precision_runtime.formats import FORMATS, Format
@@ -150,9 +150,10 @@ def parse_modes(names: Iterable[object], where: str = "") -> list[Mode]:
 def expand_modes(names: Iterable[object], where: str = "") -> list[Mode]:
     """Like ``parse_modes``, with the groups of ``GROUPS`` and ``"!name"``, which takes a mode or group away again.
 
-    A list that only takes away starts from all modes. Order is that of first mention.
+    A list that only takes away starts from all modes. Order is that of first mention. Names may share a text, with
+    commas between them, as shells and settings have it.
     """
-    given = list(names)
+    given = [part for name in names for part in _parts(name)]
     chosen: dict[str, Mode] = {}
     bad: list[object] = []
     if given and all(isinstance(name, str) and name.strip().startswith("!") for name in given):
@@ -172,6 +173,12 @@ def expand_modes(names: Iterable[object], where: str = "") -> list[Mode]:
     if bad:
         raise unknown_names("precision mode", bad, [*_known(), *GROUPS], where, ELSEWHERE)
     return list(chosen.values())
+
+
+def _parts(name: object) -> list[Any]:
+    if isinstance(name, str) and "," in name:
+        return [part.strip() for part in name.split(",") if part.strip()] or [name]
+    return [name]
 
 
 def _known() -> Sequence[str]:

@@ -50,9 +50,10 @@ def test_help_comes_without_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
-def test_it_is_a_program(tmp_path):
+@pytest.mark.parametrize("module", ["precision_runtime", "precision_runtime.cli"])
+def test_it_is_a_program(tmp_path, module):
     done = subprocess.run(
-        [sys.executable, "-m", "precision_runtime.cli", "support", "64-true", "--accelerator", "cpu"],
+        [sys.executable, "-m", module, "support", "64-true", "--accelerator", "cpu"],
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from precision_runtime import PrecisionRuntime, cli
+from precision_runtime.modes import expand_modes
 
 SOURCE = """
 import torch
@@ -72,6 +73,13 @@ def test_json_has_what_the_runtime_plans(capsys):
     names = {row["name"] for row in document["plans"][0]["rows"] if row["lossy"]}
     assert "big" in names
     assert any("eps" in name for name in names)
+
+
+def test_modes_may_have_commas_between_them(capsys):
+    assert run("good", "--modes", "half,!bf16-true,", "32-true", "--json") == 0
+    plans = json.loads(capsys.readouterr().out)["plans"]
+    assert [plan["mode"] for plan in plans] == [m.name for m in expand_modes(["half", "!bf16-true", "32-true"])]
+    assert len(plans) > 1
 
 
 def test_an_island_takes_the_loss_away():

@@ -135,6 +135,30 @@ def test_a_wrong_question_is_answered_before_anything_runs(arguments, said, caps
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("PRECISION_RUNTIME_MODE", "16-true", "--precision bf16-mixed and PRECISION_RUNTIME_MODE=16-true"),
+        ("PRECISION_RUNTIME_MODE", "16-tru", "Did you mean '16-true'?"),
+        ("PRECISION_RUNTIME_ACCELERATOR", "cuda:1", "--accelerator cpu and PRECISION_RUNTIME_ACCELERATOR=cuda:1"),
+    ],
+)
+def test_an_environment_that_says_something_else_is_an_error(script, monkeypatch, capsys, variable, value, said):
+    monkeypatch.setenv(variable, value)
+    assert run("--accelerator", "cpu", script("print('ran')")) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert os.environ[variable] == value
+
+
+def test_the_environment_s_accelerator_is_not_lost_where_none_is_named(script, monkeypatch, capsys):
+    monkeypatch.setenv("PRECISION_RUNTIME_ACCELERATOR", "cpu")
+    monkeypatch.setenv("PRECISION_RUNTIME_MODE", "bf16")  # the same mode under another name
+    assert run(script("import os; print(os.environ['PRECISION_RUNTIME_ACCELERATOR'])\n" + MAKE)) == 0
+    assert capsys.readouterr().out == "cpu\nPrecisionRuntime('bf16-mixed', accelerator='cpu')\n"
+
+
 def test_without_a_precision_it_is_a_usage_error(capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(["run", "script.py"])

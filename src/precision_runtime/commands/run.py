@@ -24,7 +24,8 @@ Runs a script as `python` would, and tells it the mode: a runtime that it makes 
   model, optimizer = runtime.setup(model, optimizer)
 
 takes the one given here, in processes that it starts as well ({environment.MODE} in the environment,
-which does the same without this command). A script that names another mode ends with an error.
+which does the same without this command). A script that names another mode ends with an error, and so
+does this command where the environment has another one already.
 What follows the script is the script's; exit status and signals are the script's, too."""
 EXAMPLES = """\
   precision-runtime run --precision bf16-mixed train.py --steps 100
@@ -50,6 +51,7 @@ def run(options: argparse.Namespace) -> int:
     mode = parse_mode(options.precision, "--precision")
     if options.accelerator.strip().lower() != "auto":  # what auto means would be asked of torch, which takes seconds
         name_of(options.accelerator, "--accelerator")
+    variables = environment.for_script(mode, options.accelerator)
     given = options.module if options.module is not None else options.script
     if not given:
         raise ConfigurationError("give a script to run, or -m and a module: --precision MODE train.py --steps 100")
@@ -58,7 +60,6 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigurationError(f"{target!r} is no script: what belongs to this command stands before the script")
     if options.module is None and not Path(target).exists():
         raise ConfigurationError(f"cannot find the script {target!r} (from {Path.cwd()})")
-    variables = {environment.MODE: mode.name, environment.ACCELERATOR: options.accelerator.strip()}
     before = environment.runtimes_met()
     try:
         with _as_python(given, options.module is not None, variables):
