@@ -47,8 +47,14 @@ def user_line(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the error's text."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else ""
+    """The first line of the error's text that says what happened, and of TorchScript the line that failed, too."""
+    lines = str(error).strip().splitlines() or [""]
+    places = [i for i, line in enumerate(lines) if line.endswith("<--- HERE")]
+    if "in the TorchScript interpreter" not in lines[0] or not places:
+        return lines[0]
+    # Where comes first and what last; what is empty where a dispatch mode was in between, as in an audit.
+    what = next((line.partition(": ")[2] for line in lines[places[-1] + 1 :] if "Error: " in line), "")
+    return f"TorchScript failed in `{lines[places[-1] - 1].strip()}`" + (f": {what}" if what else "")
 
 
 def _module_of(error: BaseException, names: Mapping[str, nn.Module]) -> str:

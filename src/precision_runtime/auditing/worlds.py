@@ -17,6 +17,7 @@ from torch import nn
 
 from precision_runtime.auditing.dispatch import WIDE
 from precision_runtime.auditing.originals import Originals
+from precision_runtime.auditing.scripted import script_attributes, set_script_attribute
 from precision_runtime.layers import QuantizedLayer
 from precision_runtime.tree import leaves, map_tensors
 
@@ -73,14 +74,16 @@ class _Shelf:
     buffers: dict[str, torch.Tensor | None]
     modules: dict[str, nn.Module | None]
     attributes: dict[str, Any]
+    scripted: dict[str, Any]  # attributes of a module of torch.jit
     contents: dict[str, _Content] = field(default_factory=dict)
 
     @classmethod
     def of(cls, module: nn.Module) -> _Shelf:
         attributes = {k: v for k, v in vars(module).items() if k not in _INTERNAL}
         held = (dict(module._parameters), dict(module._buffers), dict(module._modules))
-        shelf = cls(module, type(module), *held, attributes)
-        for key, value in attributes.items():
+        scripted = script_attributes(module)
+        shelf = cls(module, type(module), *held, attributes, scripted)
+        for key, value in (attributes | scripted).items():
             if isinstance(value, (torch.Tensor, list, dict, set, deque)):
                 shelf.contents[key] = _Content.of(value)
         return shelf
@@ -94,6 +97,10 @@ class _Shelf:
                 now[key] = value
             if key in self.contents:
                 self.contents[key].put_back(value)
+        for key, value in self.scripted.items():
+            if key in self.contents:  # a container came as a copy of torch.jit's own, and goes back as one
+                self.contents[key].put_back(value)
+            set_script_attribute(self.module, key, value)
 
 
 class Worlds:
@@ -187,6 +194,9 @@ class Worlds:
         self._enter({**self.true_parameters, **(parameters or {})}, {**self.true_buffers, **(buffers or {})})
         for (key, name), value in (state or {}).items():
             module = self._by_id[key]
+            if name in self._shelf_of[key].scripted:
+                set_script_attribute(module, name, widen_tree(value))
+                continue
             holder = module._buffers if name in module._buffers else vars(module)
             holder[name] = widen_tree(value)
         try:
@@ -237,6 +247,10 @@ class Worlds:
                 if b is not None and (fresh is None or fresh[0] is not b or b._version != fresh[1]):
                     changed[id(module), name] = clone(b)
             shelf = self._shelf_of[id(module)]
+            for key, value in script_attributes(module).items():
+                same = value is shelf.scripted[key] and not (key in shelf.contents and shelf.contents[key].written())
+                if not same:  # a container comes as a new copy each time
+                    changed[id(module), key] = clone(value)
             for key, value in vars(module).items():
                 if key in _INTERNAL:
                     continue
