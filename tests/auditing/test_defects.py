@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,7 +32,10 @@ def test_each_reproduction_still_shows_its_defect(defect: KnownDefect) -> None:
 def test_the_same_reproduction_without_the_defect_is_healthy(defect: KnownDefect) -> None:
     """A reproduction that failed for another reason would prove nothing."""
     torch.manual_seed(0)
-    cured = defect.reproduction.replace("4096", "4").replace(".to(memory_format=torch.channels_last)", "")
+    cures = {"4096": "4", ".to(memory_format=torch.channels_last)": "", "30.0": "0.0"}
+    cured = defect.reproduction
+    for bad, good in cures.items():
+        cured = cured.replace(bad, good)
     assert cured != defect.reproduction
     space: dict[str, Any] = {}
     exec(cured, space)
@@ -56,6 +60,34 @@ def test_a_layer_norm_over_many_rows_is_a_remark_and_no_failure() -> None:
 def test_a_layer_norm_over_few_rows_is_not_remarked_on() -> None:
     torch.manual_seed(0)
     assert not audit(nn.LayerNorm(8), torch.randn(4, 8), mode="bf16-true").remarks
+
+
+@pytest.mark.parametrize("mode", ["16-true", "bf16-true"])
+@pytest.mark.parametrize(
+    ("norm", "op"),
+    [
+        (lambda: nn.LayerNorm(8), "aten::native_layer_norm_backward"),
+        (lambda: nn.GroupNorm(2, 8), "aten::native_group_norm_backward"),
+        (lambda: nn.BatchNorm1d(8), "aten::native_batch_norm_backward"),
+        (lambda: nn.InstanceNorm1d(8, affine=True), "aten::native_batch_norm_backward"),
+    ],
+    ids=["layer", "group", "batch", "instance"],
+)
+def test_a_norm_far_from_zero_is_a_remark_and_no_failure(norm: Callable[[], nn.Module], op: str, mode: str) -> None:
+    torch.manual_seed(0)
+    far = nn.Linear(8, 8)
+    nn.init.constant_(far.bias, 30.0)
+    layers = (far, norm()) if op == "aten::native_layer_norm_backward" else (far, Turned(), norm())
+    report = audit(nn.Sequential(*layers), torch.randn(16, 32, 8), mode=mode)
+    assert report.ok, report
+    assert {r.op for r in report.remarks if r.kind == "known-defect"} == {op}
+
+
+class Turned(nn.Module):
+    """Channels second."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
