@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 from precision_runtime import audit
+from precision_runtime.auditing import recurrent
+from precision_runtime.auditing.noise import Noise
 from precision_runtime.auditing.recurrent import noisy_states, step_through
 
 LAYERS = {
@@ -94,6 +96,32 @@ def test_every_new_state_is_disturbed_once() -> None:
 
     step_through(nn.LSTM(5, 7, num_layers=2), torch.randn(9, 2, 5), None, count)
     assert seen == [torch.Size([2, 7])] * (9 * 2 * 2)  # steps, layers, h and c
+
+
+def test_each_partial_sum_of_a_weights_gradient_is_disturbed() -> None:
+    """Over the steps the gradient is S_1 = g_1 + S_2, S_2 = g_2 + S_3, ...; S_k is off by u |S_k| / sqrt(3) (rms)."""
+    u, steps = 2.0**-8, torch.randn(50, 4, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.5
+    weight = torch.zeros(4, 400, dtype=torch.float64, requires_grad=True)
+    noise, total, again = Noise(u, 0, 0), torch.zeros((), dtype=torch.float64), weight
+    for step in steps:
+        totalled = recurrent._totalled(again, noise)
+        assert totalled is not None
+        again = totalled
+        total = total + (again * step).sum()
+    (found,) = torch.autograd.grad(total, weight)
+    partial = steps.flip(0).cumsum(0)
+    expected = float(partial.square().sum(0).mean().sqrt()) * u / math.sqrt(3.0)
+    off = float((found - partial[-1]).square().mean().sqrt())
+    assert off == pytest.approx(expected, rel=0.1)  # an rms over 1,600 elements
+
+
+@pytest.mark.parametrize("mode", ["16-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_gradients_that_are_totals_over_128_steps_are_no_finding(kind: type[nn.RNNBase], mode: str) -> None:
+    torch.manual_seed(2)
+    report = audit(kind(64, 16, batch_first=True), torch.randn(2, 128, 64), mode=mode)
+    assert report.ok, report
+    assert report.excess < 2.5  # up to 5.7 where only the states are disturbed
 
 
 def test_the_layers_forward_is_put_back_also_when_code_raises() -> None:

@@ -2,6 +2,8 @@
 
 A layer that runs 160 steps in half precision rounds its state 160 times. One disturbance of its parameters does not
 stand for that, so the perturbed FP64 run steps through the layer itself and disturbs the state each time.
+Backward, the gradient of the weights that meet the state is a running total over the steps, rounded as often: there
+each partial sum is disturbed.
 """
 
 from __future__ import annotations
@@ -116,6 +118,7 @@ def _direction(
     cell = _CELLS[module.mode]
     out: list[torch.Tensor] = [x] * x.shape[0]
     for t in steps:
+        weights |= {n: _totalled(w, perturb) for n, w in weights.items() if n in _EACH_STEP}
         new = tuple(perturb(s) for s in cell(gates[t], state, weights, perturb))
         if lengths is not None:
             alive = (lengths.to(x.device) > t).unsqueeze(-1)
@@ -125,6 +128,18 @@ def _direction(
             out[t] = new[0]
         state = new
     return torch.stack(out), state
+
+
+_EACH_STEP = ("weight_hh", "bias_hh", "weight_hr")  # the others meet the whole sequence in one product
+
+
+def _totalled(weight: torch.Tensor | None, perturb: Perturb) -> torch.Tensor | None:
+    """The weight for one more step: its gradient, that of all the steps to come, is disturbed on its way back."""
+    if weight is None or not weight.requires_grad or not torch.is_grad_enabled():
+        return weight
+    again = weight.view_as(weight)
+    again.register_hook(perturb)
+    return again
 
 
 def _lstm(gates: torch.Tensor, state: State, w: dict[str, Any], perturb: Perturb) -> State:
