@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from precision_runtime.errors import ConfigurationError
+from precision_runtime.modes import MODES, Mode, parse_mode
+from precision_runtime.options import Options
 from precision_runtime.record import Report
 from precision_runtime.tree import leaves
 
@@ -43,7 +45,7 @@ class Draw:
 
 
 def source_of_test(
-    subject: str, mode: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], draws: Mapping[str, Draw],
+    subject: str, mode: Mode | str, args: tuple[Any, ...], kwargs: Mapping[str, Any], draws: Mapping[str, Draw],
     report: Report, options: Mapping[str, Any], seed: int,
 ) -> str:  # fmt: skip
     """A test that audits ``subject`` on these inputs; it fails as ``report`` does, until the code is repaired.
@@ -51,35 +53,84 @@ def source_of_test(
     ``draws`` are tensors that a seed draws, by their path in ``(args, kwargs)``. ``options`` are the audit's, those
     that have their default left out. Raises ``ConfigurationError`` for inputs that no source text can make.
     """
-    drawn = {id(t): draws[path] for path, t in leaves((args, kwargs)) if path in draws}
-    writer = _Writer(drawn)
-    lines = [f"args = {writer(args)}"]
-    call = [f'*args, mode="{mode}"']
-    if kwargs:
-        lines.append(f"kwargs = {{{', '.join(f'{k!r}: {writer(v)}' for k, v in kwargs.items())}}}")
-        call.append("kwargs=kwargs")
-    defaults = {"accelerator": "cpu", "gradients": True, "budget": 2.0, "seed": 0}
-    given = {**options, "seed": seed}
-    call += [f"{k}={v!r}" for k, v in given.items() if v != defaults.get(k)]
-    lines += [f"report = audit({subject}, {', '.join(call)})", "assert report.ok, str(report)"]
-    told = [f"# {f.title()}" for f in report.findings[:1]]
+    writer = _Writer(args, kwargs, draws)
+    lines, call = writer.inputs()
+    mode = parse_mode(mode)
+    defaults = {"accelerator": "cpu", "gradients": True, "budget": 2.0, "seed": 0, "options": Options()}
+    given = {k: v for k, v in {**options, "seed": seed}.items() if v != defaults.get(k)}
+    words = [*call[:1], f"mode={writer.mode(mode)}", *call[1:], *(f"{k}={writer(v)}" for k, v in given.items())]
+    lines += [f"report = audit({subject}, {', '.join(words)})", "assert report.ok, str(report)"]
+    imports = [*writer.imports(), "import torch", "", "from precision_runtime import audit", *writer.our_imports()]
+    return _test(imports, "", subject, mode.name, "", [*_told(report), *lines])
+
+
+def source_of_check(
+    subject: str, mode: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], draws: Mapping[str, Draw],
+    report: Report, options: Mapping[str, Any], marker: Mapping[str, Any], extra: str = "", note: str = "",
+) -> str:  # fmt: skip
+    """The same as a test of pytest's plugin, with ``precision_ctx.check``, in the one lane that ``mode`` is.
+
+    ``options`` are the check's, ``marker`` what the marker says beside the mode; ``extra`` is a line of import that
+    ``subject`` needs, ``note`` a comment. Raises ``ConfigurationError`` for inputs, or options of the marker, that no
+    source text can make.
+    """
+    writer = _Writer(args, kwargs, draws)
+    lines, call = writer.inputs()
+    words = [*call, *(f"{k}={v!r}" for k, v in options.items())]
+    lines.append(f"precision_ctx.check({subject}, {', '.join(words)})")
+    marks = "".join(f", {k}={writer(v)}" for k, v in marker.items())
+    imports = [*writer.imports(), "import pytest", "import torch", *(["", extra] if extra else [])]
+    decorator = f'@pytest.mark.precision("{mode}"{marks})'
+    told = [*_told(report), *([f"# {note}"] if note else [])]
+    return _test(imports, decorator, subject, mode, "precision_ctx", [*told, *lines])
+
+
+def _told(report: Report) -> list[str]:
+    return [f"# {finding.title()}" for finding in report.findings[:1]]
+
+
+def _test(imports: Sequence[str], decorator: str, subject: str, mode: str, arguments: str, lines: Sequence[str]) -> str:
     name = "".join(c if c.isalnum() else "_" for c in f"test_{subject}_holds_in_{mode}").lower()
-    imports = [*writer.imports(), "import torch", "", "from precision_runtime import audit"]
-    body = "\n".join(f"    {line}" for line in [*told, *lines])
-    return "\n".join([*imports, "", "", f"def {name}():", body, ""])
+    head = [decorator] if decorator else []
+    return "\n".join([*imports, "", "", *head, f"def {name}({arguments}):", *(f"    {line}" for line in lines), ""])
 
 
 class _Writer:
-    def __init__(self, draws: Mapping[int, Draw]) -> None:
-        self._draws = draws
+    """Writes values as source text; ``draws`` are tensors among the inputs that a seed draws, by their path."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], draws: Mapping[str, Draw]) -> None:
+        self._args, self._kwargs = args, kwargs
+        self._draws = {id(t): draws[path] for path, t in leaves((args, kwargs)) if path in draws}
         self._base64 = False
         self._math: set[str] = set()
+        self._ours: set[tuple[str, str]] = set()  # modules of this package, and names from them
+
+    def mode(self, mode: Mode) -> str:
+        """Its name, or, where the user chose its dtypes, what makes it."""
+        if mode == MODES.get(mode.name):
+            return f'"{mode.name}"'
+        self._ours.add(("precision_runtime.options", "with_dtypes"))
+        self._ours.add(("precision_runtime.modes", "parse_mode"))
+        chosen = ("compute_dtype", mode.compute) if mode.family == "quantized" else ("weights_dtype", mode.params)
+        return f'with_dtypes(parse_mode("{mode.name}"), {chosen[0]}="{chosen[1]}")'
+
+    def inputs(self) -> tuple[list[str], list[str]]:
+        """The lines that make the inputs, and the words that pass them to a call."""
+        lines, call = [f"args = {self(self._args)}"], ["*args"]
+        if self._kwargs:
+            lines.append(f"kwargs = {self(dict(self._kwargs))}")
+            call.append("kwargs=kwargs")
+        return lines, call
 
     def imports(self) -> list[str]:
         """What the text needs beside torch, in the order in which tools sort it."""
         lines = ["import base64"] if self._base64 else []
         lines += [f"from math import {', '.join(sorted(self._math))}"] if self._math else []
         return [*lines, ""] if lines else []
+
+    def our_imports(self) -> list[str]:
+        """What it needs of this package."""
+        return [f"from {module} import {name}" for module, name in sorted(self._ours)]
 
     def __call__(self, value: Any) -> str:
         if isinstance(value, torch.Tensor):
@@ -95,6 +146,8 @@ class _Writer:
             return self._number(value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = ", ".join(f"{f.name}={self(getattr(value, f.name))}" for f in dataclasses.fields(value) if f.init)
+            if type(value).__module__.startswith("precision_runtime."):
+                self._ours.add((type(value).__module__, type(value).__name__))
             return f"{type(value).__name__}({fields})"
         raise ConfigurationError(
             f"a test cannot be written for an input of type {type(value).__name__}: pass tensors, numbers, strings, "

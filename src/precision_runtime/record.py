@@ -110,6 +110,28 @@ class Repair:
 
 
 @dataclass(frozen=True)
+class Smallest:
+    """The smallest input found on which a check fails as it did, as ``source``: a test to paste.
+
+    ``before`` and ``after`` count the elements of all tensors; ``audits`` is what the search cost. ``note`` says why no
+    smaller input was looked for.
+    """
+
+    before: int = 0
+    after: int = 0
+    audits: int = 0
+    source: str = ""
+    note: str = ""
+
+    def __str__(self) -> str:
+        if self.note:
+            return f"smallest input that fails in the same way: not found: {self.note}"
+        elements = f"{self.after} of {self.before} element{'' if self.before == 1 else 's'}"
+        head = f"smallest input that fails in the same way: {elements} ({self.audits} audits); as a test:"
+        return "\n".join([head, *(f"  {line}".rstrip() for line in self.source.splitlines())])
+
+
+@dataclass(frozen=True)
 class Report:
     """The verdict on one function in one mode. ``ok`` is True when there are no findings.
 
@@ -134,6 +156,7 @@ class Report:
     figures: dict[str, float] = field(default_factory=dict)
     layers: tuple[Layer, ...] = ()
     repair: Repair | None = None  # where one was asked for
+    smallest: Smallest | None = None  # where it was asked for
 
     @property
     def ok(self) -> bool:
@@ -157,6 +180,7 @@ class Report:
         values["findings"] = tuple(_finding(f) for f in data.get("findings", ()))
         values["remarks"] = tuple(Remark(**r) for r in data.get("remarks", ()))
         values["repair"] = Repair(**data["repair"]) if data.get("repair") else None
+        values["smallest"] = Smallest(**data["smallest"]) if data.get("smallest") else None
         values["layers"] = tuple(Layer(**r) for r in data.get("layers", ()))
         return cls(**values)
 
@@ -174,6 +198,8 @@ class Report:
         lines += _storage(self)
         if self.repair is not None:
             lines += [f"  {line}" for line in str(self.repair).splitlines()]
+        if self.smallest is not None:
+            lines += [f"  {line}".rstrip() for line in str(self.smallest).splitlines()]
         lines += [f"  remark: {f'{r.module}: ' if r.module else ''}{r.message}" for r in self.remarks]
         return "\n".join(lines)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class Shrunk:
     """The inputs that are left, the audit's ``report`` on them, and ``source``: a test that fails in the same way.
 
     ``before`` and ``after`` count the elements of all tensors; ``audits`` is the number of verdicts that it took.
+    ``draws`` are tensors that the test's text draws by a seed, by their path in ``(args, kwargs)``.
     """
 
     args: tuple[Any, ...]
@@ -39,6 +41,7 @@ class Shrunk:
     before: int
     after: int
     audits: int
+    draws: Mapping[str, Draw] = field(default_factory=dict)
 
     def __str__(self) -> str:
         size = f"{self.before} elements to {self.after}, by {self.audits} audits"
@@ -76,8 +79,9 @@ def shrink(
     parsed = parse_mode(mode, "shrink(mode=...)")
     if audits < 1:
         raise ConfigurationError(f"audits={audits!r} is not allowed: shrink() needs one audit at least")
-    asked: dict[str, Any] = {"accelerator": accelerator, "gradients": gradients, "budget": budget}
-    more: dict[str, Any] = {**asked, "originals": originals or Originals(), "options": options}
+    options = options or Options()
+    asked: dict[str, Any] = {"accelerator": accelerator, "gradients": gradients, "budget": budget, "options": options}
+    more: dict[str, Any] = {**asked, "originals": originals or Originals()}
 
     def quick(inputs: Any, seed: int) -> Report:
         return verdict(function, inputs[0], inputs[1], parsed, seed=seed, **more)
@@ -93,17 +97,19 @@ def shrink(
             "pass the inputs, the seed and the budget of a failing audit"
         )
     # The search for the guilty op takes most of an audit. It may settle the kind, or find that nothing fails after all:
-    # then it cannot be spared.
-    for judge in (quick, full):
-        search = _Search(judge, given, seed, audits)
+    # then it cannot be spared, and what is left of the audits, a quarter at least, is asked again with it.
+    spent = 0
+    for judge, most in ((quick, audits - audits // 4), (full, audits)):
+        search = _Search(judge, first if judge is full else quick(given, seed), given, seed, most - spent)
         search.run()
+        spent += search.audits
         report = full(search.inputs, search.seed)
         if _key(report) == _key(first):
             break
     subject = name or _name_of(function)
     try:
         source = source_of_test(
-            subject, parsed.name, search.inputs[0], search.inputs[1], search.draws, report, asked, search.seed
+            subject, parsed, search.inputs[0], search.inputs[1], search.draws, report, asked, search.seed
         )
     except ConfigurationError as error:  # what was found stands without it
         source = f"# {error}\n"
@@ -115,7 +121,8 @@ def shrink(
         source,
         _elements(given),
         _elements(search.inputs),
-        search.audits,
+        spent,
+        search.draws,
     )
 
 
@@ -140,11 +147,12 @@ def smallest(items: Sequence[int], holds: Callable[[Sequence[int]], bool]) -> li
 
 
 class _Search:
-    def __init__(self, judge: Callable[[Any, int], Report], inputs: Any, seed: int, most: int) -> None:
+    """``judge`` is asked ``most`` times at most, its ``report`` on ``inputs`` among them."""
+
+    def __init__(self, judge: Callable[[Any, int], Report], report: Report, inputs: Any, seed: int, most: int) -> None:
         self._judge, self._most = judge, most
-        self.inputs, self.seed, self.audits = inputs, seed, 1
+        self.inputs, self.seed, self.audits = inputs, seed, min(1, most)
         self.draws: dict[str, Draw] = {}  # tensors that a seed draws, by path
-        report = judge(inputs, seed)
         self._key = _key(report)
         self._worst = report.findings[0].worst if report.findings else None
 
@@ -169,7 +177,8 @@ class _Search:
             return False
         self.audits += 1
         try:
-            report = self._judge(inputs, self.seed if seed is None else seed)
+            with warnings.catch_warnings(record=True):  # what it warns of here is not what the user's input made it say
+                report = self._judge(inputs, self.seed if seed is None else seed)
         except Exception:
             return False
         return self._key is not None and _key(report) == self._key

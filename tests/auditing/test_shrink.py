@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import nn
 
 from precision_runtime import audit, shrink
 from precision_runtime.errors import ConfigurationError
+from precision_runtime.modes import parse_mode
+from precision_runtime.options import Options, with_dtypes
 from precision_runtime.pasting import Draw, source_of_test
 from precision_runtime.record import Report
 from precision_runtime.shrinking import Shrunk, smallest
@@ -132,6 +135,73 @@ def test_as_many_audits_are_made_as_are_allowed() -> None:
     assert not found.report.ok
     with pytest.raises(ConfigurationError, match="audits=0"):
         shrink(variance, (x, torch.ones(24)), {}, "bf16-true", audits=0)
+
+
+def test_the_pasted_test_has_the_options_and_dtypes_that_the_audit_was_given() -> None:
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.kept = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.kept(self.first(x)) * 1e4).square()
+
+    net, x = Steps(), torch.randn(2, 64)
+    options = Options(ignore_modules=("kept",), islands=(("kept", "float32"),))
+    mode = with_dtypes(parse_mode("nf4"), compute_dtype="float16")
+    before = audit(net, x, mode=mode, gradients=False, options=options)
+    found = shrink(net, (x,), None, mode, gradients=False, options=options, name="net", audits=4)
+    check(found, before, net=net)
+    seen: dict[str, Any] = {}
+
+    def noted(*args: Any, mode: Any, options: Any, **rest: Any) -> Report:
+        seen.update(mode=mode, options=options)
+        return audit(*args, mode=mode, options=options, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("precision_runtime.audit", noted)
+        with pytest.raises(AssertionError):
+            pasted(found, net=net)
+    assert seen == {"mode": mode, "options": options}
+
+
+def test_where_the_first_search_leads_astray_the_second_has_audits_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def fooled(function: Any, args: Any, kwargs: Any, mode: Any, **asked: Any) -> Report:
+        calls.append("quick")
+        return audit(variance, 10 + torch.randn(4, 24), torch.ones(24), mode=mode, gradients=False)
+
+    def counted(*args: Any, **asked: Any) -> Report:
+        calls.append("full")
+        return audit(*args, **asked)
+
+    monkeypatch.setattr("precision_runtime.shrinking.verdict", fooled)
+    monkeypatch.setattr("precision_runtime.shrinking.audit", counted)
+    x = torch.zeros(16, 4)
+    x[5] = 20.0
+    found = shrink(torch.exp, (x,), {}, "16-true", gradients=False, audits=40)
+    assert found.args[0].numel() == 1
+    assert found.audits <= 40
+    assert calls.count("quick") <= 30
+    # The audit of the inputs as given, and those of what each search led to, are beside the search.
+    assert len(calls) - 3 <= 40
+
+
+def test_warnings_of_smaller_inputs_are_not_the_user_s() -> None:
+    def noisy(x: torch.Tensor) -> torch.Tensor:
+        if x.numel() < 16:
+            warnings.warn("a small input", stacklevel=1)
+        return torch.exp(x)
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = shrink(noisy, (torch.full((16,), 20.0),), {}, "16-true", gradients=False)
+    assert found.after == 1
+    # The audit of the last input is the only one of a small input whose warnings are let through.
+    runs = {str(w.message) for w in told}
+    assert runs <= {"a small input"}
+    assert 0 < len(told) < 10
 
 
 def test_the_user_s_inputs_and_model_stay_as_they_are() -> None:

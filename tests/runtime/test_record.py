@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from precision_runtime.record import Finding, Layer, Remark, Repair, Report, Worst, bits, lost_bits
+from precision_runtime.record import Finding, Layer, Remark, Repair, Report, Smallest, Worst, bits, lost_bits
 
 FINDING = Finding(
     kind="instability", where="forward", module="blocks.2.norm1", op="aten::sub", lost_bits=9.8, excess=891.4,
@@ -45,6 +45,7 @@ def test_every_field_survives() -> None:
         "findings": (), "remarks": (), "calls": 99, "seed": 99, "figures": {},
         "layers": (Layer("linear", "nf4", 4.5, 0.09, {"input": 0.1}, {"weight": 0.2}),),
         "repair": Repair({"norm": "32"}, True, 9.8, 0.1, 3, "y = self.norm(x.float())", "a note"),
+        "smallest": Smallest(512, 4, 31, "def test_it(): ...", "a note"),
     }  # fmt: skip
     assert set(changes) == set(REPORT.__dataclass_fields__)
     for name, value in changes.items():
@@ -68,6 +69,22 @@ def test_the_text_of_a_failure_says_what_where_how_much_and_what_was_tried() -> 
         "  remark: norm: a kernel is wrong",
         "  remark: no FP64 kernel",
     ]
+
+
+def test_the_text_has_the_smallest_input_as_a_test_or_why_there_is_none() -> None:
+    found = replace(
+        REPORT, remarks=(), smallest=Smallest(512, 4, 31, "import torch\n\n\ndef test_it():\n    assert 0\n")
+    )
+    assert str(found).splitlines()[-6:] == [
+        "  smallest input that fails in the same way: 4 of 512 elements (31 audits); as a test:",
+        "    import torch",
+        "",
+        "",
+        "    def test_it():",
+        "        assert 0",
+    ]
+    none = str(replace(REPORT, remarks=(), smallest=Smallest(note="why")))
+    assert none.endswith("\n  smallest input that fails in the same way: not found: why")
 
 
 def test_the_text_of_a_pass_has_its_figure_and_how_the_lane_ran() -> None:
