@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from precision_runtime import audit
 from precision_runtime.auditing import replicas
+from precision_runtime.auditing.noise import Noise
 from precision_runtime.auditing.sheet import Sheet
 
 
@@ -114,6 +115,31 @@ def test_near_ties_of_a_router_are_no_finding_and_lost_scores_are(bad: bool) -> 
 
     report = audit(Does(route), torch.randn(64, 16), mode="bf16-true", gradients=False)
     assert report.ok is not bad, report
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_operands_of_ties_lie_on_the_grid_of_the_dtype(dtype: torch.dtype) -> None:
+    x = torch.randn(4000, dtype=torch.float64) * torch.logspace(-1, 1, 4000, dtype=torch.float64)
+    noise = Noise(torch.finfo(dtype).eps / 2, 0, 0)
+    assert torch.equal(noise.on_grid(x), x.to(dtype).double())
+    counts = torch.arange(1000.0, dtype=torch.float64)
+    assert torch.equal(noise.on_grid(counts), counts)
+
+
+@pytest.mark.parametrize("mode", ["16-true", "bf16-true"])
+@pytest.mark.parametrize("kind", ["mode", "amax"])
+def test_ties_that_rounding_makes_are_no_finding(kind: str, mode: str) -> None:
+    # The gradient of a maximum goes to all that are equal to it; of many values that occur once the smallest is the
+    # most frequent, until rounding makes some of them equal.
+    x = torch.randn(3000 if kind == "mode" else (400, 30)) + 4.0
+    decide = (lambda x: x.mode().values) if kind == "mode" else (lambda x: x.amax(-1))
+    report = audit(decide, x, mode=mode, gradients=kind == "amax")
+    assert report.ok, report
+
+
+def test_without_the_grid_a_tie_would_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Noise, "on_grid", lambda noise, t: t)
+    assert not audit(lambda x: x.mode().values, torch.randn(3000) + 4.0, mode="16-true", gradients=False).ok
 
 
 # -- few numbers -------------------------------------------------------------------------------------------------------

@@ -63,6 +63,13 @@ _DECISIONS = frozenset(
         "grid_sampler_2d", "grid_sampler_3d", "grid_sampler_2d_backward", "grid_sampler_3d_backward",
     )
 )  # fmt: skip
+# Of these, and of comparisons for equality, the ones that go otherwise where two values are equal: in a half format
+# values that lie close together are. So the operands are rounded to the mode's grid, too.
+_TIES = frozenset(
+    f"aten::{name}"
+    for name in ("topk", "sort", "argsort", "argmax", "argmin", "max", "min", "kthvalue", "median", "mode")
+)
+_EQUALITIES = frozenset(("aten::eq", "aten::ne"))
 # The gradient of a softmax is a difference of terms that cancel (exactly, in the sum over a row), so an exact zero such
 # as the gradient of a key's bias stays one however the rest of an FP64 run is disturbed. What rounding costs there goes
 # by the size of the terms: the operands are disturbed.
@@ -151,7 +158,9 @@ class TrueDouble(TorchDispatchMode):
         if name in _CANCELLING:
             return tuple(_each(noise, a) for a in args)
         if is_decision(func, args) and next(self.marks[-1], False):
-            return tuple(_each(lambda t: t if is_count(t) else noise.rounded(t), a) for a in args)
+            if name not in _EQUALITIES:
+                args = tuple(_each(lambda t: t if is_count(t) else noise.rounded(t), a) for a in args)
+            return tuple(_each(noise.on_grid, a) for a in args) if name in _TIES or name in _EQUALITIES else args
         return args
 
     @staticmethod
@@ -266,7 +275,12 @@ class LowWatch(TorchDispatchMode):
 def is_decision(func: Any, args: Sequence[Any]) -> bool:
     """Whether the op decides something by floating operands."""
     name = func._schema.name
-    if name not in _DECISIONS or not args or not isinstance(args[0], torch.Tensor) or not args[0].is_floating_point():
+    if (
+        (name not in _DECISIONS and name not in _EQUALITIES)
+        or not args
+        or not isinstance(args[0], torch.Tensor)
+        or not args[0].is_floating_point()
+    ):
         return False
     return name not in ("aten::max", "aten::min") or len(func._schema.returns) == 2
 

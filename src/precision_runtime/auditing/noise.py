@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,9 @@ EXACT_INTEGERS = 256.0
 # Fresh draws would take longer than everything else in a perturbed run. So xi is read from one table, from a random
 # place for each tensor; its length is a prime, so that no shape of a longer tensor falls in step with it.
 _PERIOD = 1_048_583
+
+# Unit roundoffs from here on are half formats' (float16: 2^-11), also when disturbed by less.
+_HALF = 2.0**-20
 
 # Beside a tensor whose largest value costs this many steps, half a step is nothing.
 _FINE = 64.0
@@ -75,6 +79,13 @@ class Noise:
         with torch._C._DisableTorchDispatch():
             factor = 1.0 - most * float(torch.rand((), dtype=torch.float64, generator=self._generator))
         return self.rounded(t) * factor
+
+    def on_grid(self, t: torch.Tensor) -> torch.Tensor:
+        """``t`` (FP64) rounded to the significand of the half format whose unit roundoff this is; counts stay."""
+        if not t.is_floating_point() or self.u < _HALF or math.frexp(self.u)[0] != 0.5 or is_count(t):
+            return t  # what an op costs in a full mode is no unit roundoff
+        significand, exponent = torch.frexp(t)
+        return torch.ldexp((significand / self.u).round() * self.u, exponent)
 
     def by(self, u: float, t: torch.Tensor) -> torch.Tensor:
         """The same with another unit roundoff."""
