@@ -21,11 +21,11 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 SUITES = [(page, block) for page in TEXTS for block in blocks(page, "python") if "def test_" in block]
-# The blocks of a page are one story, and run one after the other.
+# The blocks of a page are one story, and run one after the other; but for those that have a test of their own.
 SCRIPTS = {
     page: "\n".join(block for block in blocks(page, "python") if "def test_" not in block)
     for page in TEXTS
-    if len([suite for suite, _ in SUITES if suite == page]) < len(blocks(page, "python"))
+    if page != "docs/found.md" and len([suite for suite, _ in SUITES if suite == page]) < len(blocks(page, "python"))
 }
 
 
