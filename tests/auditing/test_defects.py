@@ -101,6 +101,21 @@ def test_the_channels_last_convolution_is_a_remark_and_no_failure(channels_last:
     assert [r.op for r in report.remarks] == (["aten::convolution"] if channels_last else [])
 
 
+@pytest.mark.parametrize("kernel", [512, 4])
+def test_windows_that_overlap_are_a_remark_and_no_failure(kernel: int) -> None:
+    torch.manual_seed(0)
+    report = audit(nn.Conv1d(1, 8, kernel), torch.randn(1, 1, 1024), mode="16-true")
+    assert report.ok, report
+    assert [r.op for r in report.remarks] == (["aten::convolution_backward"] if kernel == 512 else [])
+
+
+def test_overlapping_windows_are_summed_in_half_and_would_be_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr("precision_runtime.auditing.dispatch.defect_of", lambda _: None)
+    report = audit(nn.Conv1d(1, 8, 512), torch.randn(1, 1, 1024), mode="16-true")
+    assert [(f.kind, f.where) for f in report.findings] == [("kernel", "backward")], report
+
+
 class AfterNorm(nn.Module):
     """A defect of the user's own right behind a listed one."""
 
