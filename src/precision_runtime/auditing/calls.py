@@ -43,12 +43,13 @@ def is_wrapper(call: Call) -> bool:
     )
 
 
-def anchored(call: Call, twin: Call) -> bool:
+def anchored(call: Call, twin: Call, gradients: bool = True) -> bool:
     """Whether the twin ran on the call's own inputs: nothing floating goes in, and the rest is equal.
 
-    Then the enclosing run is the replay. (The gradient that comes in is always the low run's own.)
+    Then the enclosing run is the replay; where ``gradients`` are judged, only if none comes in, for that would be the
+    low run's own.
     """
-    if call.output_grads or call.state or call.anchors is None or twin.anchors is None:
+    if (gradients and call.output_grads) or call.state or call.anchors is None or twin.anchors is None:
         return False
     return len(call.anchors) == len(twin.anchors) and all(
         identical(a, b) for a, b in zip(call.anchors, twin.anchors, strict=True)

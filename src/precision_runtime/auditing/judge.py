@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import torch
 
+from precision_runtime.auditing.borders import Borders
 from precision_runtime.auditing.calls import anchored, covers, is_wrapper, match
 from precision_runtime.auditing.excess import Judgement, Pair
 from precision_runtime.auditing.failing import first_line
@@ -78,6 +79,9 @@ class Judge:
         self.reference = Run([])  # of the whole function, with what makes its perturbed runs
         self.sampler: Sampler | None = None
         self.replicas: Replicas | None = None
+        self.borders: Callable[[], Borders | None] | None = None  # makes the run that explains backward passes
+        self._explaining: Borders | None = None
+        self._open_backward = 0  # calls in what has not passed so far
 
     # -- the walk ---------------------------------------------------------------------------------------------------
 
@@ -92,13 +96,17 @@ class Judge:
         twin = twins.get(id(call))
         if is_wrapper(call):
             return self._visit_all(call.children, twins, enclosing)
-        sheet = self.sheet(call, twin) if twin is not None else None
+        back = not self._explained(call)
+        sheet = self.sheet(call, twin, gradients=back) if twin is not None else None
         passed: dict[Site, Judgement] = {} if sheet is None else sheet.judge(self.yardstick.limit)
+        if back and not all(self._passes(j) for j in passed.values()) and self._explain(call):
+            back, passed = False, {s: j for s, j in passed.items() if s[0] == "forward"}
+            sheet = None if sheet is None else replace(sheet, pairs={s: sheet.pairs[s] for s in passed})
         if sheet is not None and not sheet.apart and all(self._passes(j) for j in passed.values()):
             failed = self._visit_all(call.children, twins, enclosing)
             self._note(call, passed, sheet, failed)
             return failed
-        if sheet is not None and twin is not None and not sheet.apart and anchored(call, twin):
+        if sheet is not None and twin is not None and not sheet.apart and anchored(call, twin, back):
             failed = self._visit_all(call.children, twins, enclosing)
 
             def within(number: int, width: float, norms: bool = True) -> Sample:
@@ -106,13 +114,13 @@ class Judge:
 
             judged = self.decide(sheet, within, failed, call)
             return failed | self._note(call, judged, sheet, failed, within)
-        replay = self.replays.true(call)
+        replay = self.replays.true(call, gradients=back)
         if replay is None:
             return self._visit_all(call.children, twins, enclosing)
         root = replay.calls[0]
         inner = match(call.subtree()[1:], replay.calls[1:])
         sheet = self.sheet(call, root, replay)
-        sampler = functools.lru_cache(None)(functools.partial(self.replays.sample, call))
+        sampler = functools.lru_cache(None)(functools.partial(self.replays.sample, call, gradients=back))
         failed = self._visit_all(call.children, inner, sampler)
         for sentence in sheet.apart:
             self.remarks.setdefault((call.name, "shape"), f"shape depends on values: {sentence}; not judged")
@@ -125,6 +133,16 @@ class Judge:
         tops = [c for c in self.low.calls if c.parent is None]
         self.cover = tops[0] if len(tops) == 1 and not tops[0].name and covers(tops[0], self.low) else None
         twins = match(self.low.calls, reference.calls)
+        failed = self._tops(tops, twins, sheet, samples)
+        inside = any(v.failed and v.where == "backward" and v.call is not None for v in self.verdicts)
+        if "backward" in failed and not inside and self._explaining is not None:
+            # Sound stretches have not added up to a sound whole: each call is asked for itself.
+            self.borders = self._explaining = None
+            self.verdicts.clear()
+            failed = self._tops(tops, twins, sheet, samples)
+        return failed
+
+    def _tops(self, tops: Sequence[Call], twins: dict[int, Call], sheet: Sheet, samples: Sampler) -> set[str]:
         failed: set[str] = set()
         for top in tops:
             if top is self.cover:  # the function is that module: judged as a whole below
@@ -135,6 +153,21 @@ class Judge:
             self.remarks.setdefault(("", "shape"), f"shape depends on values: {sentence}; not judged")
         judged = self.decide(sheet, samples, failed, None, threshold=1.0)
         return failed | self._note(None, judged, sheet, failed, samples)
+
+    def _explained(self, call: Call) -> bool:
+        return self._explaining is not None and self._explaining.explains(call)
+
+    def _explain(self, call: Call) -> bool:
+        """Whether the call's backward pass, which has not passed by itself, is explained by its parts.
+
+        The run that tells costs as much as the reference: it is made when as much as half of that has not passed.
+        """
+        plain = not self.low.second_order and not self.low.recomputed
+        if self._explaining is None and self.borders is not None and plain:
+            self._open_backward += len(call.subtree())
+            if 2 * self._open_backward > len(self.low.calls):
+                self._explaining, self.borders = self.borders(), None
+        return self._explained(call)
 
     def _visit_all(self, calls: Sequence[Call], twins: dict[int, Call], enclosing: Sampler) -> set[str]:
         failed: set[str] = set()
@@ -265,10 +298,12 @@ class Judge:
 
     # -- sheets -----------------------------------------------------------------------------------------------------
 
-    def sheet(self, call: Call, twin: Call, replay: Run | None = None) -> Sheet:
+    def sheet(self, call: Call, twin: Call, replay: Run | None = None, gradients: bool = True) -> Sheet:
         """The call beside its twin; its parameters' gradients beside the replay's, or (to screen) the whole run's."""
         sheet, step, scale = Sheet(), self.yardstick.step, self.low.scale
         sheet.add_outputs(call.outputs, twin.outputs, self.yardstick.own_u(call, "forward"), step)
+        if not gradients:
+            return sheet
         if self.low.second_order:
             self.remarks["", "backward"] = "the code differentiates by itself; gradients are judged for the whole only"
             return sheet

@@ -15,6 +15,7 @@ from precision_runtime import forwarding
 from precision_runtime.accelerators import resolve
 from precision_runtime.auditing.again import Again, moved_inputs, moved_parameters
 from precision_runtime.auditing.blame import findings_of
+from precision_runtime.auditing.borders import Borders
 from precision_runtime.auditing.calls import moved_weights
 from precision_runtime.auditing.discover import as_written, find_modules, name_of
 from precision_runtime.auditing.dispatch import LowWatch, TrueDouble, plain_double
@@ -27,7 +28,7 @@ from precision_runtime.auditing.opblame import blame_op
 from precision_runtime.auditing.originals import Originals
 from precision_runtime.auditing.proof import Stage, dithered
 from precision_runtime.auditing.randomness import reseed, seeded
-from precision_runtime.auditing.recorder import Call, Recorder
+from precision_runtime.auditing.recorder import Call, Exchange, Recorder
 from precision_runtime.auditing.recurrent import noisy_states
 from precision_runtime.auditing.references import Reference, References, Sample
 from precision_runtime.auditing.repair import find_repair
@@ -276,7 +277,9 @@ class _Trial:
     def _lane(self) -> AbstractContextManager[None]:
         return lane(self.strategy, self._watch)
 
-    def _true(self, worlds: Worlds, noise: Noise | None = None) -> tuple[Run, TrueDouble]:
+    def _true(
+        self, worlds: Worlds, noise: Noise | None = None, exchange: Exchange | None = None
+    ) -> tuple[Run, TrueDouble]:
         moved = moved_weights(self._calls) if noise else {}
         parameters = noise.parameters(worlds.true_parameters, set(worlds.true_parameters), moved) if noise else None
         buffers = noise.buffers(worlds.true_buffers) if noise and not self.mode.low else None
@@ -293,6 +296,7 @@ class _Trial:
                 worlds.names, worlds, outputs=noise is None, gradients=self.gradients and noise is None,
                 perturb=noise, skip=skip, alike=self._alike,
                 marks=mode.marks if noise else None, twins=self._calls if noise else (), scale=self._scale,
+                exchange=exchange,
             )  # fmt: skip
             plain = loss_gradient(self.seed)
 
@@ -362,6 +366,7 @@ class _Trial:
             return made[number]
 
         stage = self._stage(worlds, low, judge)
+        judge.borders = lambda: self._borders(worlds, judge)
         judge.replicas = Replicas(
             lambda number: self._again(worlds, yardstick, number), lambda where, number: dithered(stage, where, number)
         )
@@ -390,6 +395,16 @@ class _Trial:
             if other is not None and (_rms(other) > noise_floor or noise_floor == 0.0):
                 sheet.add_gradient(names[key], grad, other, back, step, low.scale)
         return sheet
+
+    def _borders(self, worlds: Worlds, judge: Judge) -> Borders | None:
+        """The FP64 run that goes on with the low-precision run's values at each border; None where it raises."""
+        borders = Borders(judge.low, judge.yardstick)
+        try:
+            run, _ = self._true(worlds, exchange=borders)
+        except Exception:  # it stands in for replays, which are made then
+            return None
+        borders.settle(run, judge.replays.owned)
+        return borders
 
     def _again(self, worlds: Worlds, yardstick: Yardstick, number: int) -> Again | None:
         """The run once more on operands a little smaller; None where nothing can be moved, or the code raises."""

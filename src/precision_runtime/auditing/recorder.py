@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -47,6 +47,16 @@ class Call:
         return out
 
 
+class Exchange(Protocol):
+    """Puts another run's values and gradients in the place of a run's own at the borders of its calls."""
+
+    def values(self, call: Call, output: Any) -> Any:
+        """What the call's result is from now on."""
+
+    def arrive(self, call: Call, path: str, grad: torch.Tensor, inside: bool) -> torch.Tensor | None:
+        """What to go on with instead of a gradient that arrives at an input (``inside``) or output; None: itself."""
+
+
 class Recorder:
     """Hooks on every module for the time of one run.
 
@@ -59,6 +69,7 @@ class Recorder:
     gradient is none that comes in through an output, so such calls are not judged backward.
     ``marks`` is the stack of a ``TrueDouble``, filled from the decisions of ``twins``, the low-precision run's calls.
     ``frames`` is the stack of a ``LowWatch``, which notes there what the ops of the open call do.
+    ``exchange`` is asked at each border, and then neither results nor gradients are kept.
     Layers that round the operands of their products to a grid of their own (``operands``) are listened to with
     ``inputs``; with ``perturb`` the operands are moved as far in either direction, as the ``twins`` say.
     """
@@ -68,7 +79,9 @@ class Recorder:
         gradients: bool = False, perturb: Noise | None = None, skip: nn.Module | None = None,
         frames: list[Trace] | None = None, alike: frozenset[str] = frozenset(),
         marks: list[Iterator[bool]] | None = None, twins: Sequence[Call] = (), scale: float = 1.0,
+        exchange: Exchange | None = None,
     ) -> None:  # fmt: skip
+        self._exchange = exchange
         self.scale = scale  # of the loss in the run of the twins
         self.modules, self.worlds = modules, worlds
         self.alike = alike
@@ -166,7 +179,7 @@ class Recorder:
         if self.gradients and torch.is_grad_enabled():
             if index > 0 and self._inherits((args, kwargs)):
                 self.leaky.add(call.name)
-            return self._with_own_views((args, kwargs), call.input_grads)
+            return self._with_own_views((args, kwargs), call, inside=True)
         if self.perturb is not None and twin is not None and "input" in twin.moved:
             return self._moved_input((args, kwargs), self.perturb, twin.moved["input"])
         return None
@@ -205,10 +218,13 @@ class Recorder:
                 call.outputs = [(path, t.detach().clone()) for path, t in leaves(output)]
             output = self._disturbed(module, output)
             changed = True
+        elif self._exchange is not None:
+            output = self._exchange.values(call, output)
+            changed = True
         elif self.outputs:
             call.outputs = self._results(call, output)
         if self.gradients and torch.is_grad_enabled():
-            output = self._with_own_views(output, call.output_grads)
+            output = self._with_own_views(output, call, inside=False)
             changed = True
         if self.perturb is not None:
             self._move_gradient(call, output)
@@ -259,12 +275,13 @@ class Recorder:
 
         return map_tensors(disturb, output, objects=False)
 
-    def _with_own_views(self, value: Any, grads: dict[str, torch.Tensor]) -> Any:
-        """Replace each tensor that carries a gradient by a view of itself whose gradient lands in ``grads`` by path.
+    def _with_own_views(self, value: Any, call: Call, inside: bool) -> Any:
+        """Replace each tensor that carries a gradient by a view of itself whose gradient is kept in ``call`` by path.
 
-        A tensor used in two places has one gradient, the sum; its views have one each.
+        A tensor used in two places has one gradient, the sum; its views have one each. ``inside``: these are inputs.
         """
         paths = {id(t): path for path, t in leaves(value, objects=False)}
+        grads = call.input_grads if inside else call.output_grads
 
         def view(t: torch.Tensor) -> torch.Tensor:
             if not t.requires_grad or not (t.is_floating_point() or t.is_complex()) or t.layout is not torch.strided:
@@ -274,10 +291,13 @@ class Recorder:
             own = t.view_as(t)
             path = paths.get(id(t), "")
 
-            def keep(grad: torch.Tensor) -> None:
+            def keep(grad: torch.Tensor) -> torch.Tensor | None:
                 if self.active:
                     self.second_order = True
+                if self._exchange is not None:
+                    return self._exchange.arrive(call, path, grad, inside)
                 grads[path] = grad.detach().clone()
+                return None
 
             own.register_hook(keep)
             return own

@@ -53,8 +53,10 @@ class Replays:
         self.failed: dict[str, str] = {}
         self.owned = _single_use_parameters(worlds, low)  # {id(call): {id(parameter): name}}
 
-    def true(self, call: Call, buffers: dict[tuple[int, str], torch.Tensor] | None = None) -> Run | None:
-        """Run the call's module in FP64 on the call's actual inputs and incoming gradient."""
+    def true(
+        self, call: Call, buffers: dict[tuple[int, str], torch.Tensor] | None = None, gradients: bool = True
+    ) -> Run | None:
+        """Run the call's module in FP64 on the call's actual inputs and (with ``gradients``) incoming gradient."""
         try:
             with (
                 self.worlds.true(state=call.state, buffers=buffers),
@@ -64,10 +66,12 @@ class Replays:
                 assert call.rng is not None
                 call.rng.restore()
                 args, kwargs = widen_tree((call.args, call.kwargs))
-                recorder = Recorder(self._parts(call), self.worlds, gradients=bool(call.output_grads))
+                backward = gradients and bool(call.output_grads)
+                recorder = Recorder(self._parts(call), self.worlds, gradients=backward)
                 run = execute(
                     call.module, args, kwargs, recorder,
-                    cotangent=self._incoming(call), parameters=call.module.parameters(),
+                    cotangent=self._incoming(call) if backward else None, parameters=call.module.parameters(),
+                    graph=bool(call.output_grads),
                 )  # fmt: skip
             self.fallbacks |= mode.fallbacks
         except Exception as error:
@@ -91,7 +95,7 @@ class Replays:
         except Exception:
             return None
 
-    def sample(self, call: Call, number: int, width: float, norms: bool = True) -> Sample:
+    def sample(self, call: Call, number: int, width: float, norms: bool = True, gradients: bool = True) -> Sample:
         """The call's ``number``-th perturbed run, disturbed by ``width`` times the mode's unit roundoff."""
         noise = self.yardstick.noise(self.yardstick.own_u(call, "forward"), number, width, norms)
         used = {id(p) for p in call.module.parameters()}
@@ -114,7 +118,8 @@ class Replays:
             with noisy_states(parts.values(), noise):
                 run = execute(
                     call.module, args, kwargs, recorder,
-                    cotangent=self._incoming(call, noise), parameters=call.module.parameters(),
+                    cotangent=self._incoming(call, noise) if gradients else None,
+                    parameters=call.module.parameters(), graph=bool(call.output_grads),
                 )  # fmt: skip
         names = self.owned.get(id(call), {})
         return sample_of(run, dict(names.items()))

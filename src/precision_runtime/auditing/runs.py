@@ -42,12 +42,13 @@ def execute(
     scales: Sequence[float] = (1.0,),
     forward_context: Callable[[], Any] = contextlib.nullcontext,
     backward_context: Callable[[], Any] = contextlib.nullcontext,
+    graph: bool = False,
 ) -> Run:
     """Run ``function``; with ``cotangent``, differentiate its outputs with respect to floating inputs and parameters.
 
     ``cotangent(path, output)`` gives each output's incoming gradient, or None to leave it out. ``scales`` are loss
     scales in the order in which a dynamic scaler would come to them: the first that keeps every gradient finite counts,
-    the last where none does.
+    the last where none does. ``graph``: gradients are enabled all the same where there is no ``cotangent``.
     The inputs are copied, so that in-place code changes copies only.
     """
     sources: list[tuple[str, torch.Tensor]] = []
@@ -61,7 +62,7 @@ def execute(
         sources.append((paths[id(t)], new))
         return new.clone()  # not a leaf, so that in-place code still works
 
-    grad = cotangent is not None or recorder.worlds.grad
+    grad = graph or cotangent is not None or recorder.worlds.grad
     with torch.set_grad_enabled(grad):
         args, kwargs = map_tensors(leaf, (tuple(args), dict(kwargs)))
     try:
