@@ -14,6 +14,7 @@ from precision_runtime.errors import PrecisionError
 from precision_runtime.forwarding import is_set_up
 from precision_runtime.record import Repair
 from pytest_precision.pristine import Picture
+from pytest_precision.shrinking import RAISED
 
 
 def repaired(
@@ -42,6 +43,8 @@ def repaired(
             tried = audit(function, *args, repair=True, **{**asked, "originals": originals})
     except PrecisionError as error:
         return _without(report, str(error))
+    except RAISED as error:  # the model's own, on a second look
+        return _without(report, f"{type(error).__name__}: {error}")
     if tried.repair is None:
         return _without(report, "the model as it was before its set-up does not fail")
     return replace(report, repair=tried.repair)

@@ -15,6 +15,7 @@ from precision_runtime.auditing import Originals, References
 from precision_runtime.errors import ConfigurationError, NothingToSwapError
 from precision_runtime.modes import MODES
 from precision_runtime.options import with_dtypes
+from pytest_precision.pasting import Origin
 from pytest_precision.values import Values
 
 if TYPE_CHECKING:
@@ -46,8 +47,11 @@ class PrecisionContext(Values):
         asked: bool = True,
         runtime: Mapping[str, Any] | None = None,
         bisect: bool = False,
+        shrink: bool = False,
+        origin: Origin | None = None,
     ) -> None:
-        self._bisect = bisect
+        self._bisect, self._shrink = bisect, shrink
+        self._origin = origin or Origin()
         self._given = dict(runtime or {})
         self._before: dict[int, Picture] = {}
         self._asked = asked  # whether the test names this mode; a mode that only the matrix tries may not apply
@@ -101,6 +105,10 @@ class PrecisionContext(Values):
             from pytest_precision.bisect import repaired
 
             report = repaired(report, f, args, asked, self._before, self._originals)
+        if self._shrink and not report.ok:
+            from pytest_precision.shrinking import shrunk
+
+            report = shrunk(report, f, args, self.mode, asked, self._originals, self._origin)
         return self._judge(report)
 
     def explore(
@@ -130,7 +138,7 @@ class PrecisionContext(Values):
         asked = self._asked_of(gradients, budget)
         with self._applicable():
             report, text = explore(
-                f, inputs, low, high, max_examples, seed, dict(kwargs or {}), self._judged, name, asked
+                f, inputs, low, high, max_examples, seed, dict(kwargs or {}), self._judged, name, asked, self._origin
             )
         return self._judge(report, text)
 

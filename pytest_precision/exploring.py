@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from precision_runtime.auditing import audit
 from precision_runtime.exploring import inputs_of, search
+from precision_runtime.modes import Mode
 from precision_runtime.ranging.quickly import verdict
 from precision_runtime.record import Report
 from precision_runtime.shrinking import shrink
-
-# A failing example is small already: most of what can be left out is so after this many audits.
-AUDITS = 60
+from pytest_precision.pasting import Origin, pasted
+from pytest_precision.shrinking import AUDITS
 
 
 def explore(
@@ -23,9 +24,10 @@ def explore(
     max_examples: int,
     seed: int,
     kwargs: Mapping[str, Any],
-    mode: object,
+    mode: Mode,
     name: str | None,
     asked: Mapping[str, Any],
+    origin: Origin,
 ) -> tuple[Report, str]:
     """The report on the worst input that was found, and, where it fails, that input as text.
 
@@ -41,5 +43,6 @@ def explore(
     found = search(judge, strategies, max_examples=max_examples, seed=seed)
     if found.report.ok:
         return found.report, ""
-    small = shrink(function, found.args, kwargs, mode, audits=AUDITS, name=name, **asked)
+    small = shrink(function, found.args, kwargs, mode, audits=AUDITS, report=found.report, **asked)
+    small = replace(small, source=pasted(function, small, mode.name, asked, origin))
     return small.report, f"found by example {found.examples} of at most {max_examples} (seed {seed}); {small}"

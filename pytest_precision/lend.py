@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -39,12 +39,14 @@ def lend(request: pytest.FixtureRequest) -> Iterator[PrecisionContext]:
 
     from pytest_precision.context import PrecisionContext
     from pytest_precision.isolation import isolated
+    from pytest_precision.pasting import Origin
 
     problems = Problems()
     marked = parse_mark(item.get_closest_marker("precision"), problems)
     if problems:  # only where a user's own parametrisation kept the marker from being read at collection
         pytest.fail(problems.text(), pytrace=False)
     settings, references, case = settings_of(item.config), references_of(item.config), outcome.case
+    chosen = marked.runtime.of(lane.mode)
     with ExitStack() as stack:
         stack.callback(_note, item, outcome)
         stack.enter_context(isolated())
@@ -57,8 +59,15 @@ def lend(request: pytest.FixtureRequest) -> Iterator[PrecisionContext]:
                 asked=lane.asked,
                 references=lambda number: references.at(case, number),
                 record=lambda report: outcome.checks.append(report.to_dict()),
-                runtime=marked.runtime.of(lane.mode),
+                runtime=chosen,
                 bisect=settings.bisect,
+                shrink=settings.shrink,
+                origin=Origin(
+                    case=case,
+                    module=getattr(getattr(item, "module", None), "__name__", ""),
+                    marker=_marker(lane, answer.accelerator, chosen),
+                    budget=settings.budget,
+                ),
             )
         except UnsupportedError as error:  # a recipe, perhaps, that this machine does not run
             outcome.status = "unsupported"
@@ -72,6 +81,14 @@ def lend(request: pytest.FixtureRequest) -> Iterator[PrecisionContext]:
 
 def _note(item: pytest.Item, outcome: Outcome) -> None:
     item.user_properties.extend(outcome.properties())
+
+
+def _marker(lane: Lane, accelerator: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """What a marker says beside the mode to have this one lane."""
+    return {
+        **({} if lane.default else {"accelerators": accelerator}),
+        **({"runtime": dict(chosen)} if chosen else {}),
+    }
 
 
 def _lane(request: pytest.FixtureRequest) -> Lane:

@@ -43,6 +43,7 @@ class Settings:
     budget: float
     collect_only: bool
     bisect: bool = False
+    shrink: bool = False
     files: Files = field(default_factory=Files)
 
 
@@ -75,6 +76,12 @@ def add_options(parser: pytest.Parser) -> None:
         action="store_true",
         default=None,
         help="where a check fails, look for the smallest set of modules to keep in FP32 so that it holds",
+    )
+    group.addoption(
+        "--precision-shrink",
+        action="store_true",
+        default=None,
+        help="where a check fails, look for the smallest input that fails in the same way, and print it as a test",
     )
     add_files(group, parser)
     parser.addini("precision_modes", "modes of tests that name none (default: mixed)", "args", DEFAULT_MODES)
@@ -137,6 +144,7 @@ def _parse(config: pytest.Config) -> Settings:
         budget=_budget(config, problems),
         collect_only=bool(config.getoption("collectonly")),
         bisect=bool(config.getoption("precision_bisect")),
+        shrink=bool(config.getoption("precision_shrink")),
         files=parse_files(config, problems),
     )
     if problems:

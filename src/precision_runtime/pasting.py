@@ -79,7 +79,10 @@ def source_of_check(
     words = [*call, *(f"{k}={v!r}" for k, v in options.items())]
     lines.append(f"precision_ctx.check({subject}, {', '.join(words)})")
     marks = "".join(f", {k}={writer(v)}" for k, v in marker.items())
-    imports = [*writer.imports(), "import pytest", "import torch", *(["", extra] if extra else [])]
+    ours = writer.our_imports()
+    imports = [*writer.imports(), "import pytest", "import torch"]
+    imports += ["", *ours] if ours else []
+    imports += ["", extra] if extra else []
     decorator = f'@pytest.mark.precision("{mode}"{marks})'
     told = [*_told(report), *([f"# {note}"] if note else [])]
     return _test(imports, decorator, subject, mode, "precision_ctx", [*told, *lines])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from precision_runtime.auditing import Originals, audit
-from precision_runtime.errors import ConfigurationError
+from precision_runtime.errors import AuditError, ConfigurationError
 from precision_runtime.modes import parse_mode
 from precision_runtime.options import Options
 from precision_runtime.pasting import Draw, source_of_test
@@ -62,6 +62,7 @@ def shrink(
     originals: Originals | None = None,
     name: str | None = None,
     options: Options | None = None,
+    report: Report | None = None,
 ) -> Shrunk:
     """Find the smallest input on which ``function`` fails as it does on ``args`` and ``kwargs``.
 
@@ -73,8 +74,9 @@ def shrink(
 
     ``source`` names the function ``name``; without one, by its own name where it has one, or else ``subject``: paste
     the test where that name means the same function. For inputs that no text can make (objects of your own), it is a
-    comment that says so. The other arguments, and the errors, are ``audit``'s; raises
-    ``ConfigurationError`` where nothing fails.
+    comment that says so. ``report`` is that of the failing audit, where there is one: it spares that audit. The other
+    arguments, and the errors, are ``audit``'s; raises ``ConfigurationError`` where nothing fails, and ``AuditError``
+    where the same inputs fail otherwise when they are audited again.
     """
     parsed = parse_mode(mode, "shrink(mode=...)")
     if audits < 1:
@@ -84,13 +86,15 @@ def shrink(
     more: dict[str, Any] = {**asked, "originals": originals or Originals()}
 
     def quick(inputs: Any, seed: int) -> Report:
-        return verdict(function, inputs[0], inputs[1], parsed, seed=seed, **more)
+        with warnings.catch_warnings(record=True):  # of inputs that are not the user's
+            return verdict(function, inputs[0], inputs[1], parsed, seed=seed, **more)
 
     def full(inputs: Any, seed: int) -> Report:
-        return audit(function, *inputs[0], mode=parsed, kwargs=inputs[1], seed=seed, **more)
+        with warnings.catch_warnings(record=True):
+            return audit(function, *inputs[0], mode=parsed, kwargs=inputs[1], seed=seed, **more)
 
     given = (tuple(args), dict(kwargs or {}))
-    first = full(given, seed)
+    first = report or full(given, seed)
     if first.ok:
         raise ConfigurationError(
             f"shrink() got inputs on which nothing fails: {first.subject} holds in {first.mode}; "
@@ -103,13 +107,19 @@ def shrink(
         search = _Search(judge, first if judge is full else quick(given, seed), given, seed, most - spent)
         search.run()
         spent += search.audits
-        report = full(search.inputs, search.seed)
-        if _key(report) == _key(first):
+        last = full(search.inputs, search.seed)
+        if _key(last) == _key(first):
             break
+    else:
+        now = last.findings[0].title() if last.findings else "nothing fails"
+        raise AuditError(
+            f"the same inputs end otherwise when audited again: first {first.findings[0].title()}; then {now}. "
+            "Code that keeps something from call to call, or draws from generators of its own, cannot be shrunk"
+        )
     subject = name or _name_of(function)
     try:
         source = source_of_test(
-            subject, parsed, search.inputs[0], search.inputs[1], search.draws, report, asked, search.seed
+            subject, parsed, search.inputs[0], search.inputs[1], search.draws, last, asked, search.seed
         )
     except ConfigurationError as error:  # what was found stands without it
         source = f"# {error}\n"
@@ -117,7 +127,7 @@ def shrink(
         search.inputs[0],
         search.inputs[1],
         search.seed,
-        report,
+        last,
         source,
         _elements(given),
         _elements(search.inputs),
@@ -173,15 +183,14 @@ class _Search:
 
     def _same(self, inputs: Any, seed: int | None = None) -> bool:
         """Whether it fails in the same way; whatever the code raises for a smaller input is another matter."""
-        if self.audits >= self._most:
+        if self.audits >= self._most or self._key is None:
             return False
         self.audits += 1
         try:
-            with warnings.catch_warnings(record=True):  # what it warns of here is not what the user's input made it say
-                report = self._judge(inputs, self.seed if seed is None else seed)
+            report = self._judge(inputs, self.seed if seed is None else seed)
         except Exception:
             return False
-        return self._key is not None and _key(report) == self._key
+        return _key(report) == self._key
 
     def _take(self, inputs: Any) -> bool:
         if not self._same(inputs):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from precision_runtime import audit, shrink
-from precision_runtime.errors import ConfigurationError
+from precision_runtime.errors import AuditError, ConfigurationError
 from precision_runtime.modes import parse_mode
 from precision_runtime.options import Options, with_dtypes
 from precision_runtime.pasting import Draw, source_of_test
@@ -197,11 +197,40 @@ def test_warnings_of_smaller_inputs_are_not_the_user_s() -> None:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         found = shrink(noisy, (torch.full((16,), 20.0),), {}, "16-true", gradients=False)
+        assert found.after == 1
+        assert not told
+        noisy(*found.args)  # it does warn
+    assert len(told) == 1
+
+
+def test_a_warning_that_is_an_error_is_one_for_smaller_inputs_too() -> None:
+    def noisy(x: torch.Tensor) -> torch.Tensor:
+        if x.numel() < 4:
+            warnings.warn("a small input", stacklevel=1)
+        return torch.exp(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert shrink(noisy, (torch.full((16,), 20.0),), {}, "16-true", gradients=False).after == 4
+
+
+def test_a_report_that_is_known_spares_its_audit_and_code_that_ends_otherwise_each_time_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.full((4,), 20.0)
+    report = audit(torch.exp, x, mode="16-true", gradients=False)
+    audits: list[torch.Tensor] = []
+
+    def counted(*args: Any, **asked: Any) -> Report:
+        audits.append(args[1])
+        return audit(*args, **asked)
+
+    monkeypatch.setattr("precision_runtime.shrinking.audit", counted)
+    found = shrink(torch.exp, (x,), {}, "16-true", gradients=False, report=report)
+    assert [t.numel() for t in audits] == [1]  # of what was found, and none of what was given
     assert found.after == 1
-    # The audit of the last input is the only one of a small input whose warnings are let through.
-    runs = {str(w.message) for w in told}
-    assert runs <= {"a small input"}
-    assert 0 < len(told) < 10
+    with pytest.raises(AuditError, match=r"end otherwise when audited again: first .*range.*; then nothing fails"):
+        shrink(torch.relu, (x,), {}, "16-true", gradients=False, report=report)
 
 
 def test_the_user_s_inputs_and_model_stay_as_they_are() -> None:
