@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from precision_runtime import PrecisionRuntime, audit
-from precision_runtime.auditing import References
+from precision_runtime.auditing import Originals, References
+from precision_runtime.auditing.noise import Noise
+from precision_runtime.auditing.worlds import Worlds
 from precision_runtime.errors import AuditError
 
 MODES = ("16-true", "bf16-mixed", "64-true")
@@ -236,3 +238,43 @@ def test_the_oldest_reference_goes() -> None:
     assert counts[1] < counts[0]
     assert counts[2] > counts[1]
     assert counts[3] == counts[0]
+
+
+# -- parameters disturbed where they are -------------------------------------------------------------------------------
+
+
+def disturbed_twice(worlds: Worlds, seed: int = 3) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """True parameters as a perturbed run sees them, and as the noise makes them on copies."""
+    used = set(worlds.true_parameters)
+    expected = list(Noise(2.0**-9, seed, 0).parameters(worlds.true_parameters, used, {}).values())
+    with worlds.disturbed(Noise(2.0**-9, seed, 0), used, {}) as given:
+        return [t.clone() for t in given.values()], expected
+
+
+def test_disturbed_parameters_need_no_copy_and_come_back_bit_for_bit() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    worlds = Worlds({"": model}, Originals())
+    before = {k: t.clone() for k, t in worlds.true_parameters.items()}
+    seen, expected = disturbed_twice(worlds)
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(seen, before.values(), strict=True))
+    with worlds.disturbed(Noise(0.1, 0, 0), set(before), {}) as given:
+        assert all(given[k] is worlds.true_parameters[k] for k in before)
+    with pytest.raises(ZeroDivisionError), worlds.disturbed(Noise(0.1, 0, 0), set(before), {}):
+        _ = 1 / 0
+    assert all(torch.equal(worlds.true_parameters[k], t) for k, t in before.items())
+    worlds.restore()
+
+
+def test_parameters_that_cannot_be_made_anew_are_disturbed_in_copies() -> None:
+    wide, plain = nn.Linear(8, 8).double(), nn.Linear(8, 8)
+    own = wide.weight.detach().clone()
+    worlds = Worlds({"": nn.Sequential(wide, plain)}, Originals())
+    with torch.no_grad():
+        plain.weight.add_(1.0)  # as code that writes to its parameter
+    before = {k: t.clone() for k, t in worlds.true_parameters.items()}
+    seen, expected = disturbed_twice(worlds)
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+    assert all(torch.equal(worlds.true_parameters[k], t) for k, t in before.items())
+    assert torch.equal(wide.weight.detach(), own)
+    worlds.restore()

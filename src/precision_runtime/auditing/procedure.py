@@ -281,9 +281,10 @@ class _Trial:
         self, worlds: Worlds, noise: Noise | None = None, exchange: Exchange | None = None
     ) -> tuple[Run, TrueDouble]:
         moved = moved_weights(self._calls) if noise else {}
-        parameters = noise.parameters(worlds.true_parameters, set(worlds.true_parameters), moved) if noise else None
+        used = worlds.true_parameters.keys() if noise else set()
         buffers = noise.buffers(worlds.true_buffers) if noise and not self.mode.low else None
         with (
+            worlds.disturbed(noise or Noise(0.0, 0, 0), used, moved) as parameters,
             worlds.true(parameters=parameters, buffers=buffers),
             plain_double(),
             TrueDouble(noise, self._watch.frames[0].decisions, self._masking, self._products) as mode,

@@ -99,10 +99,11 @@ class Replays:
         """The call's ``number``-th perturbed run, disturbed by ``width`` times the mode's unit roundoff."""
         noise = self.yardstick.noise(self.yardstick.own_u(call, "forward"), number, width, norms)
         used = {id(p) for p in call.module.parameters()}
-        disturbed = noise.parameters(self.worlds.true_parameters, used, moved_weights(call.subtree()))
+        parameters = self.worlds.disturbed(noise, used, moved_weights(call.subtree()))
         tables = {k: b for k, b in self.worlds.true_buffers.items() if k[0] in {id(m) for m in call.module.modules()}}
         buffers = noise.buffers(tables) if self.yardstick.tables else None
         with (
+            parameters as disturbed,
             self.worlds.true(parameters=disturbed, buffers=buffers, state=call.state),
             plain_double(),
             TrueDouble(noise, masking=self.yardstick.masking, products=self.yardstick.products) as mode,

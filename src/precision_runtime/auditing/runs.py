@@ -114,10 +114,10 @@ def differentiate(
     run.second_order = recorder.second_order
     for (path, _), g in zip(sources, found[: len(sources)], strict=True):
         if g is not None:
-            run.input_grads[path] = g.detach().clone()
+            run.input_grads[path] = g.detach()
     for p, g in zip(wanted, found[len(sources) :], strict=True):
         if g is not None:
-            run.parameter_grads[id(p)] = g.detach().clone()
+            run.parameter_grads[id(p)] = g.detach()
     return run
 
 

@@ -7,7 +7,7 @@ and buffers are exchanged, and everything is put back in the end, also when user
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from precision_runtime.auditing.dispatch import WIDE
+from precision_runtime.auditing.noise import Noise
 from precision_runtime.auditing.originals import Originals
 from precision_runtime.auditing.scripted import script_attributes, set_script_attribute
 from precision_runtime.layers import QuantizedLayer
@@ -133,11 +134,15 @@ class Worlds:
         self.unquantized: dict[int, torch.Tensor] = {}
         self.low_parameters: dict[int, torch.Tensor] = {}
         self.low_buffers: dict[tuple[int, str], torch.Tensor] = {}
+        # FP64 parameters beside what they were widened from, so that they can be written over and made anew.
+        self._sources: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         shared: dict[int, torch.Tensor] = {}
         for module in self._modules:
             for name, p in module._parameters.items():
                 if p is not None and id(p) not in self.true_parameters:
-                    self.true_parameters[id(p)] = widen(originals.truth(module, name, p.data))
+                    source = originals.truth(module, name, p.data)
+                    self.true_parameters[id(p)] = widen(source)
+                    self._sources[id(p)] = (self.true_parameters[id(p)], source)
             for name, b in module._buffers.items():
                 if b is not None:
                     if id(b) not in shared:
@@ -203,6 +208,39 @@ class Worlds:
             yield
         finally:
             self._reset_attributes()
+
+    @contextmanager
+    def disturbed(
+        self, noise: Noise, used: Set[int], moved: Mapping[int, torch.Tensor]
+    ) -> Iterator[dict[int, torch.Tensor]]:
+        """The FP64 parameters in ``used`` (by id) disturbed by ``noise``, those in ``moved`` also as far as it says.
+
+        They are disturbed where they are and widened anew afterwards: no second copy of a large model in FP64.
+        """
+        keys = [key for key in self.true_parameters if key in used]
+        out: dict[int, torch.Tensor] = {}
+        try:
+            for key in keys:
+                out[key] = self._put(key, noise.rounded(self.true_parameters[key]))
+            for key in moved:
+                if key in out:
+                    out[key] = self._put(key, noise.within(out[key], moved[key]))
+            yield out
+        finally:
+            for key in keys:
+                true, source = self._sources.get(key, (None, None))
+                if true is not None and source is not None and out.get(key) is true:
+                    true.copy_(source)
+
+    def _put(self, key: int, value: torch.Tensor) -> torch.Tensor:
+        """Write ``value`` over the FP64 parameter where that can be made anew; what stands for it otherwise."""
+        now = self.true_parameters[key]
+        true, source = self._sources.get(key, (None, None))
+        if now is not true or source is None or value is now:
+            return value
+        if source.dtype == now.dtype or not torch.equal(now.to(source.dtype), source):
+            return value  # FP64 from the start, the user's own; or code in the mode has written to its parameter
+        return now.copy_(value)
 
     @contextmanager
     def standing(self, true: Mapping[int, torch.Tensor], low: Mapping[int, torch.Tensor]) -> Iterator[None]:
