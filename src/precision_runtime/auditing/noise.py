@@ -44,8 +44,10 @@ def _uniform(start: int, count: int) -> torch.Tensor:
     if count <= _PERIOD:
         return table[start : start + count]
     turn = table[start : start + _PERIOD]
-    whole, rest = divmod(count, _PERIOD)
-    return torch.cat((turn.repeat(whole), turn[:rest]))
+    out = turn.new_empty(count)  # filled stretch by stretch: no second copy of what may be a large weight
+    for stretch in out.split(_PERIOD):
+        stretch.copy_(turn[: len(stretch)])
+    return out
 
 
 class Noise:
