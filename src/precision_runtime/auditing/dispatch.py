@@ -19,6 +19,7 @@ from precision_runtime.auditing.defects import KnownDefect, defect_of
 from precision_runtime.auditing.masking import MASKED, Masking
 from precision_runtime.auditing.noise import Noise, is_count
 from precision_runtime.auditing.randomness import Draw, draw_of
+from precision_runtime.auditing.unseen import made_of_others
 from precision_runtime.formats import FORMATS
 from precision_runtime.tf32 import rounded_operands
 
@@ -122,6 +123,8 @@ class TrueDouble(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if types and made_of_others(types):
+            return NotImplemented
         kwargs = dict(kwargs or {})
         plan = self._plans.get(func)
         if plan is None:
@@ -233,6 +236,8 @@ class LowWatch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if types and made_of_others(types):
+            return NotImplemented
         kwargs = dict(kwargs or {})
         plan = self._plans.get(func)
         if plan is None:

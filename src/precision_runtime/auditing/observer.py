@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from precision_runtime.auditing.dispatch import PRODUCTS, Trace, TrueDouble
 from precision_runtime.auditing.randomness import draw_of
 from precision_runtime.auditing.shadow import Shadows, own, tensors_of
+from precision_runtime.auditing.unseen import made_of_others
 
 # Ops whose result holds whatever was in memory.
 _GARBAGE = frozenset(f"aten::{n}" for n in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
@@ -86,6 +87,8 @@ class Observer(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if types and made_of_others(types):
+            return NotImplemented
         kwargs = dict(kwargs or {})
         if not self.active:
             return func(*args, **kwargs)

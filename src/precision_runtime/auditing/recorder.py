@@ -13,6 +13,7 @@ from precision_runtime import operands
 from precision_runtime.auditing.dispatch import Trace
 from precision_runtime.auditing.noise import Noise
 from precision_runtime.auditing.randomness import RandomState
+from precision_runtime.auditing.unseen import unseen
 from precision_runtime.auditing.worlds import Worlds, clone
 from precision_runtime.tree import leaves, map_tensors
 
@@ -146,11 +147,11 @@ class Recorder:
         self._drop_overwritten()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with torch._C._DisableTorchDispatch():  # copies made here are no ops of the judged code
+        with unseen(args, kwargs):
             return self._before(module, args, kwargs)
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        with torch._C._DisableTorchDispatch():
+        with unseen(args, kwargs, output):
             return self._after(module, args, kwargs, output)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

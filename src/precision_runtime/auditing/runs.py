@@ -112,6 +112,7 @@ def differentiate(
             break
     run.recomputed, run.leaky = frozenset(recorder.recomputed), frozenset(recorder.leaky)
     run.second_order = recorder.second_order
+    found = [g if g is None or g.layout is torch.strided else _dense(g) for g in found]
     for (path, _), g in zip(sources, found[: len(sources)], strict=True):
         if g is not None:
             run.input_grads[path] = g.detach()
@@ -144,6 +145,12 @@ def _finite(gradient: torch.Tensor) -> bool:
     """Whether a gradient of any layout is finite."""
     plain = gradient if gradient.layout is torch.strided else gradient.to_dense()
     return bool(torch.isfinite(plain).all())
+
+
+def _dense(gradient: torch.Tensor) -> torch.Tensor:
+    """A sparse gradient as one that can be judged; what it holds for one place is summed exactly, and rounded once."""
+    with torch._C._DisableTorchDispatch():  # an optimizer's affair, and no op of the judged code
+        return gradient.detach().to(torch.float64).to_dense().to(gradient.dtype)
 
 
 def _scaled(cotangent: torch.Tensor, scale: float, output: torch.Tensor) -> torch.Tensor:
