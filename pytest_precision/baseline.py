@@ -1,4 +1,4 @@
-"""Baselines: the lost bits of each lane as they were, and whether a lane has become worse. Imports no torch."""
+"""Baselines: each lane's lost bits and headroom as they were, and whether it has become worse. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from precision_runtime.record import bits
+from pytest_precision.headroom import Left, bits_of_headroom
 from pytest_precision.outcome import outcome_of
 from pytest_precision.settings import settings_of
 
@@ -23,15 +24,21 @@ if TYPE_CHECKING:
 # by at most 0.27 bits, nine in ten by less than 0.04 (benchmarks/baseline_margin.py): this is about twice the largest.
 # Other weights or inputs change it by up to 1.5 bits: a test that draws others is another test.
 MARGIN = 0.5
+# Bits of headroom. It is measured in whole powers of two, so one is the least that it can fall by, and already a factor
+# of two of room that is gone. The edges of a format's range are looked for in FP64 values, which other kernels change
+# by 1e-15 of themselves; edges of instability go by lost bits, and only one that lies within a few hundredths of a bit
+# of its budget can move (benchmarks/headroom_margin.py).
+STEP = 1
 VERSION = 1
 Key = tuple[str, str]  # case and lane
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Lost bits by case and lane."""
+    """Lost bits, and bits of headroom where they were measured, by case and lane."""
 
     figures: Mapping[Key, float] = field(default_factory=dict)
+    headroom: Mapping[Key, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Baseline:
@@ -40,9 +47,8 @@ class Baseline:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["version"] != VERSION:
                 raise ValueError(f"its version is {data['version']!r}, and {VERSION} is known here")
-            return cls(
-                {(case, lane): float(lost) for case, lanes in data["lost_bits"].items() for lane, lost in lanes.items()}
-            )
+            lost, left = _flat(data["lost_bits"]), _flat(data.get("headroom", {}))
+            return cls({key: float(value) for key, value in lost}, {key: int(value) for key, value in left})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise pytest.UsageError(
                 f"{path} is no baseline ({type(error).__name__}: {error}); delete it and make it anew with "
@@ -50,23 +56,40 @@ class Baseline:
             ) from error
 
     def write(self, path: Path) -> None:
-        """Write the file in one go, sorted, so that changes are easy to review."""
-        cases: dict[str, dict[str, float | str]] = {}
-        for (case, lane), lost in sorted(self.figures.items()):
-            cases.setdefault(case, {})[lane] = "inf" if math.isinf(lost) else round(lost, 2)
+        """Write the file in one go, sorted, so that changes are easy to review.
+
+        Headroom is a key of its own, and only where some was measured: files of suites without it stay as they are, and
+        versions that do not know it read the rest.
+        """
+        lost = {key: "inf" if math.isinf(value) else round(value, 2) for key, value in self.figures.items()}
+        data: dict[str, Any] = {"version": VERSION, "lost_bits": _nested(lost)}
+        if self.headroom:
+            data["headroom"] = _nested(self.headroom)
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"version": VERSION, "lost_bits": cases}, indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
         beside = path.with_name(f"{path.name}.{os.getpid()}.new")
         beside.write_text(text + "\n", encoding="utf-8")
         beside.replace(path)
 
-    def updated(self, rows: Iterable[Row]) -> Baseline:
+    def updated(self, rows: Sequence[Row]) -> Baseline:
         """With the figures of these rows; what did not run stays."""
-        return Baseline({**self.figures, **figures_of(rows)})
+        left = {key: found.bits for key, found in headroom_of(rows).items()}
+        return Baseline({**self.figures, **figures_of(rows)}, {**self.headroom, **left})
 
-    def before(self, case: str, lane: str) -> float | None:
-        """What the lane lost; None where it is new."""
-        return self.figures.get((case, lane))
+    def keys(self) -> set[Key]:
+        """Every lane that it knows something of."""
+        return {*self.figures, *self.headroom}
+
+
+def _flat(cases: Mapping[str, Mapping[str, Any]]) -> list[tuple[Key, Any]]:
+    return [((case, lane), value) for case, lanes in cases.items() for lane, value in lanes.items()]
+
+
+def _nested(figures: Mapping[Key, Any]) -> dict[str, dict[str, Any]]:
+    cases: dict[str, dict[str, Any]] = {}
+    for (case, lane), value in sorted(figures.items()):
+        cases.setdefault(case, {})[lane] = value
+    return cases
 
 
 def is_worse(lost: float, before: float) -> bool:
@@ -74,18 +97,37 @@ def is_worse(lost: float, before: float) -> bool:
     return lost > before + MARGIN
 
 
+def has_less(left: Left, before: int) -> bool:
+    """Whether a lane has less headroom than it had. Where no edge was reached, nobody knows: ``limit`` ended it."""
+    return left.reached and left.bits <= before - STEP
+
+
+def has_more(left: Left, before: int) -> bool:
+    """Whether a lane has more headroom than it had."""
+    return left.bits >= before + STEP
+
+
 def figures_of(rows: Iterable[Row]) -> dict[Key, float]:
-    """Lost bits of the lanes that ran to their end. One that failed may not have come to its last check."""
-    return {
-        (row.case, row.lane): row.lost_bits
-        for row in rows
-        if row.lost_bits is not None and (row.verdict in ("pass", "xfail", "xpass") or row.worse)
-    }
+    """Lost bits of the lanes that ran to their end."""
+    return {(row.case, row.lane): row.lost_bits for row in rows if row.lost_bits is not None and _ended(row)}
+
+
+def headroom_of(rows: Iterable[Row]) -> dict[Key, Left]:
+    """Headroom of the lanes that ran to their end, where it was measured."""
+    return {(row.case, row.lane): row.left for row in rows if row.left is not None and _ended(row)}
+
+
+def _ended(row: Row) -> bool:
+    """A lane that failed may not have come to its last check."""
+    return row.verdict in ("pass", "xfail", "xpass") or row.worse
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A run beside a baseline: lanes that lost more or less by more than the margin, new ones, and those not run."""
+    """A run beside a baseline: figures that are worse or better by more than the margin, new ones, and lanes not run.
+
+    ``compared`` counts lanes.
+    """
 
     path: str
     compared: int
@@ -119,24 +161,38 @@ def _listed(what: str, names: tuple[str, ...]) -> list[str]:
 
 def compare(path: Path, baseline: Baseline, rows: Sequence[Row], updated: bool) -> Comparison:
     """Put a run beside the baseline as it was before the run."""
-    now = figures_of(rows)
-    known = {key: (lost, baseline.figures[key]) for key, lost in now.items() if key in baseline.figures}
-
-    def told(key: Key) -> str:
-        lost, before = known[key]
-        return f"{key[0]} in {key[1]}: {bits(lost)}, {bits(before)} before"
-
+    lost, left = figures_of(rows), headroom_of(rows)
+    worse, better, new = list[_Line](), list[_Line](), list[_Line]()
+    for key, now in lost.items():
+        before = baseline.figures.get(key)
+        if before is None:
+            new.append((key, bits(now)))
+        elif is_worse(now, before) or is_worse(before, now):
+            (worse if now > before else better).append((key, f"{bits(now)}, {bits(before)} before"))
+    for key, found in left.items():
+        known = baseline.headroom.get(key)
+        if known is None:
+            new.append((key, found.sentence()))
+        elif has_less(found, known) or has_more(found, known):
+            told = f"{found.sentence()}, {bits_of_headroom(known)} before"
+            (worse if found.bits < known else better).append((key, told))
+    ran = {(row.case, row.lane) for row in rows if row.ran}
     return Comparison(
         path=path.name,
-        compared=len(known),
-        worse=tuple(told(key) for key, pair in sorted(known.items()) if is_worse(*pair)),
-        better=tuple(told(key) for key, (lost, before) in sorted(known.items()) if is_worse(before, lost)),
-        new=tuple(f"{case} in {lane}: {bits(lost)}" for (case, lane), lost in sorted(now.items())
-                  if (case, lane) not in baseline.figures),
-        gone=tuple(f"{case} in {lane}" for case, lane in sorted(set(baseline.figures) - {(r.case, r.lane) for r in rows
-                                                                                         if r.ran})),
+        compared=len({*lost, *left} & baseline.keys()),
+        worse=_told(worse),
+        better=_told(better),
+        new=_told(new),
+        gone=tuple(f"{case} in {lane}" for case, lane in sorted(baseline.keys() - ran)),
         updated=updated,
-    )  # fmt: skip
+    )
+
+
+_Line = tuple[Key, str]  # a lane, and what is said of it
+
+
+def _told(lines: Iterable[_Line]) -> tuple[str, ...]:
+    return tuple(f"{case} in {lane}: {what}" for (case, lane), what in sorted(lines))
 
 
 BASELINE = pytest.StashKey[Baseline]()
@@ -153,24 +209,47 @@ def baseline_of(config: pytest.Config) -> Baseline | None:
 
 
 def judge(item: pytest.Item, report: pytest.TestReport) -> None:
-    """Note what the lane lost before on its outcome, and fail a test that loses more now.
+    """Note what the lane lost and had left before on its outcome, and fail a test that is worse now.
 
     A lane that is known to fail fails, too: known is how much it lost.
     """
     outcome = outcome_of(item) if report.when == "call" else None
     baseline = baseline_of(item.config) if outcome is not None else None
-    if outcome is None or baseline is None or outcome.lost_bits is None:
+    if outcome is None or baseline is None:
         return
-    before = outcome.before = baseline.before(outcome.case, outcome.lane)
-    ended = report.passed or hasattr(report, "wasxfail")
-    if before is None or settings_of(item.config).files.update or not ended or not is_worse(outcome.lost_bits, before):
+    key, lost, left = (outcome.case, outcome.lane), outcome.lost_bits, outcome.left
+    if lost is not None:
+        outcome.before = baseline.figures.get(key)
+    if left is not None:
+        outcome.headroom_before = baseline.headroom.get(key)
+    files = settings_of(item.config).files
+    if files.update or not (report.passed or hasattr(report, "wasxfail")):
+        return
+    said = []
+    if lost is not None and outcome.before is not None and is_worse(lost, outcome.before):
+        said.append(
+            f"{outcome.case} in {outcome.lane} loses {bits(lost)} beyond what the mode must lose; "
+            f"{bits(outcome.before)} in the baseline {files.baseline}, and {MARGIN} more are allowed"
+        )
+    if left is not None and outcome.headroom_before is not None and has_less(left, outcome.headroom_before):
+        said.append(
+            f"{outcome.case} in {outcome.lane} has {left.sentence()}; {bits_of_headroom(outcome.headroom_before)} in "
+            f"the baseline {files.baseline}, and none fewer are allowed ({_edge(outcome.headrooms)})"
+        )
+    if not said:
         return
     outcome.worse = True
     known: Any = vars(report).pop("wasxfail", None)
     report.outcome = "failed"
     report.longrepr = (
-        f"{outcome.case} in {outcome.lane} loses {bits(outcome.lost_bits)} beyond what the mode must lose; "
-        f"{bits(before)} in the baseline {settings_of(item.config).files.baseline}, and {MARGIN} more are allowed"
+        "\n".join(said)
         + (f" (it is known to fail: {known})" if known else "")
         + ". Where that is as it should be, --precision-update-baseline takes it in."
     )
+
+
+def _edge(measured: Iterable[Mapping[str, Any]]) -> str:
+    """What ends the least of them, in a line."""
+    from precision_runtime.ranging.room import Headroom
+
+    return min((Headroom.from_dict(dict(each)) for each in measured), key=lambda found: found.bits).headline()

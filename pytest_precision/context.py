@@ -44,6 +44,7 @@ class PrecisionContext(Values):
         gradients: bool = True,
         references: Callable[[int], References] = lambda number: References(),
         record: Callable[[Report], None] = lambda report: None,
+        measured: Callable[[Headroom], None] = lambda found: None,
         asked: bool = True,
         runtime: Mapping[str, Any] | None = None,
         bisect: bool = False,
@@ -68,6 +69,7 @@ class PrecisionContext(Values):
         self._originals = Originals()
         self._references = references
         self._record = record
+        self._measured = measured
         self._checks = 0
 
     def check(
@@ -145,7 +147,8 @@ class PrecisionContext(Values):
     def headroom(self, f: Callable[..., Any], *args: Any, at_least: int | None = None, **options: Any) -> Headroom:
         """Bits of scale that are left in this lane until something fails; see ``precision_runtime.headroom``.
 
-        ``at_least``: raises ``AssertionError`` with the table where there are fewer.
+        The number stands in the run's reports, and a baseline holds it. ``at_least``: raises ``AssertionError`` with
+        the table where there are fewer.
         """
         __tracebackhide__ = True
         from precision_runtime.ranging import headroom
@@ -153,6 +156,7 @@ class PrecisionContext(Values):
         asked = self._asked_of(options.pop("gradients", None), options.pop("budget", None))
         with self._applicable():
             found = headroom(f, *args, mode=self._judged, **asked, **options)
+        self._measured(found)
         if at_least is not None and found.bits < at_least:
             raise AssertionError(f"{at_least} bits of headroom are asked for, and there are {found.bits}:\n{found}")
         return found

@@ -45,13 +45,14 @@ def add_files(group: pytest.OptionGroup, parser: pytest.Parser) -> None:
         "--precision-baseline",
         metavar="FILE",
         default=None,
-        help="fail lanes that lose half a bit more than this file says, which --precision-update-baseline writes",
+        help="fail lanes that lose half a bit more than this file says, or have a bit of headroom less; "
+        "--precision-update-baseline writes it",
     )
     group.addoption(
         "--precision-update-baseline",
         action="store_true",
         default=None,
-        help="take the lost bits of this run into the baseline instead of comparing",
+        help="take this run's lost bits and headroom into the baseline instead of comparing",
     )
     parser.addini("precision_baseline", "like --precision-baseline; relative to the root directory", "string", None)
 

@@ -59,6 +59,7 @@ def lend(request: pytest.FixtureRequest) -> Iterator[PrecisionContext]:
                 asked=lane.asked,
                 references=lambda number: references.at(case, number),
                 record=lambda report: outcome.checks.append(report.to_dict()),
+                measured=lambda found: outcome.headrooms.append(found.to_dict()),
                 runtime=chosen,
                 bisect=settings.bisect,
                 shrink=settings.shrink,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pytest_precision.arrange import lane_of
+from pytest_precision.headroom import Left, left_of
 from pytest_precision.lanes import Lane
 from pytest_precision.transport import plain
 
@@ -28,8 +29,10 @@ class Outcome:
     status: str = ""
     runs: str = ""
     before: float | None = None  # lost bits in the baseline
-    worse: bool = False  # it failed because it loses more than in the baseline
+    headroom_before: int | None = None  # bits of headroom in the baseline
+    worse: bool = False  # it failed because it is worse than in the baseline
     checks: list[dict[str, Any]] = field(default_factory=list)  # precision_runtime's Report.to_dict(), in order
+    headrooms: list[dict[str, Any]] = field(default_factory=list)  # its Headroom.to_dict(), in order
 
     def to_dict(self) -> dict[str, Any]:
         """Builtins only."""
@@ -39,6 +42,11 @@ class Outcome:
     def lost_bits(self) -> float | None:
         """The most bits that a check lost; None when nothing was checked."""
         return max((float(check["lost_bits"]) for check in self.checks), default=None)
+
+    @property
+    def left(self) -> Left | None:
+        """The least headroom that was measured; None when none was."""
+        return left_of(self.headrooms)
 
     @property
     def excess(self) -> float | None:
@@ -65,6 +73,8 @@ class Outcome:
             known["precision.lost_bits"] = self.lost_bits
             known["precision.excess"] = self.excess
             known["precision.blame"] = self.blame
+        if self.left is not None:
+            known["precision.headroom"] = self.left.bits
         return [(name, plain(value)) for name, value in known.items()]
 
 

@@ -58,7 +58,10 @@ def _row(row: Row) -> dict[str, Any]:
         "reason": row.reason,
         "lost_bits": row.lost_bits,
         "before": row.before,
+        "headroom": None if row.left is None else row.left.bits,
+        "headroom_before": row.headroom_before,
         "worse": row.worse,
+        "headrooms": list(row.headrooms),
         "checks": list(row.checks),
     }
 

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import pytest
 
+from pytest_precision.headroom import Left, left_of
+
 Verdict = Literal["", "pass", "FAIL", "skip", "xfail", "xpass", "error", "crash"]
 RAN = ("pass", "FAIL", "xfail", "xpass")
 
@@ -90,8 +92,24 @@ class Row:
         return None if before is None else float(before)
 
     @property
+    def headrooms(self) -> Sequence[Mapping[str, Any]]:
+        """The measurements of headroom as dicts."""
+        return list(self.data.get("headrooms", ()))
+
+    @property
+    def left(self) -> Left | None:
+        """The least headroom that was measured; None when none was."""
+        return left_of(self.headrooms)
+
+    @property
+    def headroom_before(self) -> int | None:
+        """Bits of headroom in the baseline; None without one, or where the lane is new."""
+        before = self.data.get("headroom_before")
+        return None if before is None else int(before)
+
+    @property
     def worse(self) -> bool:
-        """Whether the test failed because it loses more than in the baseline."""
+        """Whether the test failed because it is worse than in the baseline."""
         return bool(self.data.get("worse"))
 
     @property

@@ -59,7 +59,8 @@ def headline(rows: Sequence[Row]) -> str:
     counts = Counter(row.verdict for row in rows)
     told = [f"{counts[verdict]} {word}" for verdict, word in WORDS.items() if counts[verdict]]  # type: ignore[index]
     cases, lanes = len({row.case for row in rows}), len({row.lane for row in rows})
-    return f"{_count(cases, 'test')} x {_count(lanes, 'lane')}: {', '.join(told) or 'nothing ran'} (figures: lost bits)"
+    figures = "figures: lost bits" + ("; left: bits of headroom" if any(row.left is not None for row in rows) else "")
+    return f"{_count(cases, 'test')} x {_count(lanes, 'lane')}: {', '.join(told) or 'nothing ran'} ({figures})"
 
 
 def tables(rows: Sequence[Row], width: int, colour: bool, everything: bool) -> list[str]:
@@ -127,7 +128,8 @@ def cell(row: Row | None) -> Text:
 def word(row: Row) -> str:
     """The same as plain text."""
     figure = "" if row.figure is None else f"{row.figure:.1f}"
-    return (figure if row.verdict == "pass" and figure else f"{row.verdict} {figure}".strip()) or "?"
+    told = (figure if row.verdict == "pass" and figure else f"{row.verdict} {figure}".strip()) or "?"
+    return told if row.left is None else f"{told} ({row.left})"
 
 
 def _table(cells: dict[tuple[str, str], Row], cases: Sequence[str], lanes: Sequence[str], rows: Sequence[Row]) -> Table:

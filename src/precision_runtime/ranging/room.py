@@ -77,7 +77,7 @@ class Headroom:
 
     def to_dict(self) -> dict[str, Any]:
         """Builtins only."""
-        return {**dataclasses.asdict(self), "bits": self.bits}
+        return {**dataclasses.asdict(self), "bits": self.bits, "reached": self.tightest is not None}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Headroom:
@@ -85,21 +85,24 @@ class Headroom:
         known = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}
         return cls(**{**known, "rows": tuple(Room(**r) for r in data["rows"]), "notes": tuple(data["notes"])})
 
-    def __str__(self) -> str:
+    def headline(self) -> str:
+        """One line: how many bits are left, and what comes then."""
         lane = f"{self.subject} in {self.mode} on {self.accelerator}" + (
             "" if self.status == "native" else f" ({self.status})"
         )
         tightest = self.tightest
         if tightest is None:
-            lines = [f"{lane}: more than {self.limit} bits of headroom in every direction that was tried"]
-        else:
-            side = tightest.above if tightest.bits == tightest.up else tightest.below
-            way = "doubled" if tightest.bits == tightest.up else "halved"
-            what = {"inputs": "inputs", "values": f"{tightest.where} values", "activations": "its results"}
-            lines = [
-                f"{lane}: {_bits(tightest.bits)} of headroom; then {side} in {_name(tightest)}, {tightest.where} "
-                f"({what[tightest.axis]} {way})"
-            ]
+            return f"{lane}: more than {self.limit} bits of headroom in every direction that was tried"
+        side = tightest.above if tightest.bits == tightest.up else tightest.below
+        way = "doubled" if tightest.bits == tightest.up else "halved"
+        what = {"inputs": "inputs", "values": f"{tightest.where} values", "activations": "its results"}
+        return (
+            f"{lane}: {_bits(tightest.bits)} of headroom; then {side} in {_name(tightest)}, {tightest.where} "
+            f"({what[tightest.axis]} {way})"
+        )
+
+    def __str__(self) -> str:
+        lines = [self.headline()]
         for axis, title in _TITLES.items():
             lines += _table(title, [r for r in self.rows if r.axis == axis], self.limit)
         lines += [f"  note: {note}" for note in self.notes]
