@@ -11,11 +11,12 @@ import torch
 
 from precision_runtime.record import Finding, Kind, Where, Worst, lost_bits
 from precision_runtime.training.course import Course
-from precision_runtime.training.sheet import Entry, rms
-from precision_runtime.training.watching import MOST, Stored
+from precision_runtime.training.sheet import MOST, Entry, rms
+from precision_runtime.training.watching import Stored
 
 _LOSSES = "FP64 computes other losses from the very same weights: they are summed or computed in too few digits"
-# One factor for all gradients: their directions agree to this cosine, and they are this many times too large or small.
+# One factor for all gradients: their directions agree to this cosine (or, where each value was clipped, their signs do
+# in this share of the elements), and they are this many times too large or small.
 _PARALLEL, _FACTOR = 0.99, 2.0
 
 
@@ -55,6 +56,12 @@ def cause_of(entry: Entry, evidence: Evidence) -> Cause:
             "forward",
             _LOSSES,
         )
+    if entry.kind == "average":
+        return Cause(
+            3, "underflow", "update",
+            f"this average of {entry.owner!r} has gone {_way(entry):.0%} of its way: what it is to move in a step is "
+            "below half a unit in its last place. Keep it in float32",
+        )  # fmt: skip
     for look in (_stuck, _scaled, _underflow, _gradient, _lost, _state, _broken):
         found = look(entry, evidence)
         if found is not None:
@@ -113,7 +120,8 @@ def _scaled(entry: Entry, evidence: Evidence) -> Cause | None:
         pairs = zip(evidence.low.norms[name], evidence.true.norms.get(name, []), strict=False)
         factors += [float(a) / float(b) for a, b in pairs if float(b) > 0.0 and float(a) > 0.0]
     factor = sizes[0] / sizes[1]
-    if cosine < _PARALLEL or 1.0 / _FACTOR < factor < _FACTOR or not factors:
+    alike = float((low.sign() == true.sign()).double().mean())
+    if max(cosine, alike) < _PARALLEL or 1.0 / _FACTOR < factor < _FACTOR or not factors:
         return None
     return Cause(
         2, "instability", "update",
@@ -221,7 +229,7 @@ def finding(entries: Sequence[Entry], cause: Cause, limit: float, suggestion: st
     """One finding for the tensors that failed for one reason; the worst of them is named."""
     worst = max(entries, key=lambda e: e.excess)
     others = f" ({len(entries) - 1} more for the same reason)" if len(entries) > 1 else ""
-    module = "" if worst.kind == "loss" else worst.name.rpartition(".")[0]
+    module = "" if worst.kind == "loss" else (worst.owner or worst.name).rpartition(".")[0]
     what = "the loss" if worst.kind == "loss" else f"{worst.kind} {worst.name!r}"
     return Finding(
         kind=cause.kind, where=cause.where, module=module, op=None, lost_bits=lost_bits(worst.excess),
@@ -256,6 +264,11 @@ def _exact_zero(name: str, evidence: Evidence) -> bool:
     """Whether disturbed trainings move the gradient by its own size: terms that cancel (a key's bias)."""
     true = evidence.true.first.get(name)
     return true is not None and _spread(name, evidence) > MOST * rms(true.to(torch.float64))
+
+
+def _way(entry: Entry) -> float:
+    """How much of the true movement was made."""
+    return float(entry.moved @ entry.reference) / float(entry.reference @ entry.reference)
 
 
 def _count(stored: Stored) -> str:

@@ -240,12 +240,21 @@ def held(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def states(model: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
-    """Copies of what one of torch's optimizers keeps for each parameter, in its shape: ``exp_avg of layer.weight``."""
+    """Copies of what an optimizer keeps in the shape of a parameter.
+
+    In the state of one of torch's: ``exp_avg of layer.weight``. In attributes of any: ``['averages'][0]``.
+    """
     found = {}
+    own = getattr(optimizer, "state", None)
+    ours = {id(p) for p in model.parameters()}
+    shapes = {p.shape for p in model.parameters() if p.dim()}
+    attributes = {k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups")}
+    for path, t in leaves(attributes):
+        if t.is_floating_point() and t.shape in shapes and id(t) not in ours:
+            found[path] = t.detach().clone()
+    if not isinstance(own, dict):
+        return found
     for name, p in model.named_parameters():
-        own = getattr(optimizer, "state", None)
-        if not isinstance(own, dict):
-            return {}
         master = master_of(p)
         for key, value in (own.get(p) or (own.get(master) if master is not None else None) or {}).items():
             if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == p.shape and value.dim():

@@ -34,9 +34,9 @@ from precision_runtime.training.causes import Cause, Evidence, cause_of, finding
 from precision_runtime.training.course import Course, gradients
 from precision_runtime.training.gatekeeper import clear
 from precision_runtime.training.lesson import Lesson, lesson_of
-from precision_runtime.training.sheet import WALKS, Entry, entries_of, rms, screen, settle, spread_of
+from precision_runtime.training.sheet import MOST, WALKS, Entry, entries_of, rms, screen, settle, spread_of
 from precision_runtime.training.trainings import LowRun, Trainings
-from precision_runtime.training.watching import MOST, Stored, Watch
+from precision_runtime.training.watching import Stored, Watch
 
 # Gradients below float32's normal range are lost in every mode.
 FLOOR = FORMATS["float32"].smallest_normal
@@ -275,6 +275,7 @@ class _Examination:
             )
         states = {e.name: e for e in failed if e.kind == "state"}
         moved = [e for e in failed if e.kind in ("parameter", "buffer")] or [e for e in failed if e.kind == "loss"]
+        moved += [e for e in failed if e.kind == "average" and e.stuck]
         # Only measured figures: what passed on its bound has lost less than the budget, nobody knows how much.
         self.scores += [e.excess for e in entries if e.measured and e.excess <= self.limit]
         for entry in () if moved else states.values():
@@ -343,7 +344,9 @@ class _Examination:
     def _watched(self, failed: list[Entry], course: Course) -> Watch:
         """What became of the values that were stored in half, in the same training once more."""
         watches: list[Watch] = []
-        forward = any(e.kind == "loss" or (e.kind != "state" and e.name not in course.norms) for e in failed)
+        forward = any(
+            e.kind in ("loss", "buffer") or (e.kind == "parameter" and e.name not in course.norms) for e in failed
+        )
 
         def observe(model: nn.Module, optimizer: Any) -> Watch:
             watches.append(Watch(self.lesson, model, optimizer, self.trainings.masking, forward))

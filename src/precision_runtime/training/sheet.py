@@ -12,7 +12,8 @@ movements ``s_k`` of disturbed FP64 trainings,
            way comes to more. Disturbed trainings that walk as far in each step say what comes of it elsewhere
 - excess   rms(E) / sqrt(rms(B)^2 + R^2 + W^2), about 1 for a healthy training, as in ``auditing.excess``
 
-Losses are one tensor over the steps, and an optimizer's state is judged as it is in the end.
+Losses are one tensor over the steps, and an optimizer's state is judged as it is in the end. An average of weights that
+an optimizer keeps is judged by how far it has come from where the weights began.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ WALKS = 4  # trainings that are disturbed by what was stored, too
 FREE, FEW = 3, 64
 # A training whose disturbed twins are this far apart, relative to the movement, says nothing about its values.
 CHAOTIC = 0.5
+# More than half of a norm, of the steps, of a movement.
+MOST = 0.5
 
 
 @dataclass
@@ -49,7 +52,7 @@ class Entry:
     """One tensor of a course beside its reference, flat, in float64."""
 
     name: str
-    kind: str  # parameter, buffer, state, loss
+    kind: str  # parameter, buffer, state, average, loss
     moved: torch.Tensor
     reference: torch.Tensor
     floor: float
@@ -57,6 +60,7 @@ class Entry:
     start: torch.Tensor | None = None  # the reference's first value, where a movement is judged
     walk: float = 0.0
     spread: float = 0.0
+    owner: str = ""  # the parameter that an average is one of
     measured: bool = False  # whether disturbed trainings had a say; without, the excess is an upper bound
 
     @property
@@ -82,6 +86,11 @@ class Entry:
         if not math.isfinite(error):
             return math.inf
         return error / self.common if self.common else math.inf
+
+    @property
+    def stuck(self) -> bool:
+        """Whether it has missed most of the way that it should have gone."""
+        return self.error > MOST * rms(self.reference)
 
     @property
     def chaotic(self) -> bool:
@@ -112,6 +121,15 @@ def entries_of(low: Course, true: Course, u: float, buffers: set[str]) -> list[E
         found.append(Entry(name, kind, moved, reference, floor, end.shape, start))
     for name, value in low.state.items():
         if name in true.state and true.state[name].shape == value.shape:
+            owner = _averaged(true.state[name], true)
+            if owner:
+                start = _flat(true.start[owner])
+                reference = _flat(true.state[name]) - start
+                stored = roundoff(value) * rms(_flat(value))
+                floor = math.hypot(u * rms(reference), stored) / math.sqrt(3.0)
+                moved = _flat(value) - _flat(low.start[owner])
+                found.append(Entry(name, "average", moved, reference, floor, value.shape, start, owner=owner))
+                continue
             reference = _flat(true.state[name])
             floor = max(u, roundoff(value)) * rms(reference) / math.sqrt(3.0)
             found.append(Entry(name, "state", _flat(value), reference, floor, value.shape))
@@ -120,6 +138,20 @@ def entries_of(low: Course, true: Course, u: float, buffers: set[str]) -> list[E
     reference = torch.stack([t.reshape(()) for t in true.losses[:count]])
     found.append(Entry("loss", "loss", losses, reference, u * rms(reference) / math.sqrt(3.0), losses.shape))
     return [e for e in found if bool(e.moved.any()) or bool(e.reference.any())]
+
+
+def _averaged(state: torch.Tensor, true: Course) -> str:
+    """The parameter whose average over the steps this state is, '' if of none.
+
+    It lies no farther from where the weights began than they do now, and near them; moments of gradients do not.
+    """
+    for name, start in true.start.items():
+        if start.shape != state.shape or name not in true.norms:
+            continue
+        way = rms(_flat(state) - _flat(start))
+        if 0.0 < way <= min(rms(_flat(true.end[name]) - _flat(start)), rms(_flat(start)) / 2.0):
+            return name
+    return ""
 
 
 def screen(entries: Sequence[Entry], limit: float, sample: Sampler) -> list[Entry]:
@@ -163,11 +195,11 @@ def _value(entry: Entry, course: Course) -> torch.Tensor | None:
         if found.numel() < entry.reference.numel():  # it has diverged before
             return torch.full_like(entry.reference, math.inf)
         return found[: entry.reference.numel()]
-    held = course.state if entry.kind == "state" else course.end
+    held = course.state if entry.kind in ("state", "average") else course.end
     if entry.name not in held or held[entry.name].numel() != entry.reference.numel():
         return None
     value = _flat(held[entry.name])
-    return value if entry.kind == "state" else value - _flat(course.start[entry.name])
+    return value if entry.kind == "state" else value - _flat(course.start[entry.owner or entry.name])
 
 
 def roundoff(t: torch.Tensor) -> float:

@@ -23,11 +23,10 @@ from precision_runtime.auditing.worlds import widen_tree
 from precision_runtime.formats import FORMATS
 from precision_runtime.training.course import Observer, held, hidden
 from precision_runtime.training.lesson import Lesson
+from precision_runtime.training.sheet import MOST
 from precision_runtime.tree import leaves
 
 _HALF = (torch.float16, torch.bfloat16)
-# Most: more than half of a norm, of the steps, of a movement.
-MOST = 0.5
 
 
 @dataclass(eq=False)

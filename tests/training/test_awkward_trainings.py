@@ -1,0 +1,209 @@
+"""Trainings that go wrong in ways of their own, each beside its twin that is right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from precision_runtime import audit_training
+
+_G = torch.Generator().manual_seed(0)
+X = torch.randn(64, 8, generator=_G)
+Y = torch.tanh(X @ torch.randn(8, 4, generator=_G))
+BATCH = [(X, Y)]
+BOTH = pytest.mark.parametrize("bad", [False, True])
+
+
+def line() -> nn.Module:
+    return nn.Linear(8, 4)
+
+
+def mse(model: nn.Module, batch: Any) -> torch.Tensor:
+    return functional.mse_loss(model(batch[0]), batch[1])
+
+
+def wide(t: torch.Tensor) -> torch.Tensor:
+    """A copy of at least float32."""
+    return t.detach().to(torch.promote_types(t.dtype, torch.float32), copy=True)
+
+
+# -- averages of weights -----------------------------------------------------------------------------------------------
+
+
+class Averaged(torch.optim.SGD):
+    """SGD that keeps an average of the weights, in their dtype or in float32, as an attribute or as its state."""
+
+    def __init__(self, model: nn.Module, careful: bool, place: str) -> None:
+        super().__init__(model.parameters(), lr=0.5)
+        self.careful, self.place = careful, place
+        self.averages: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        weights = self.param_groups[0]["params"]
+        if not self.averages:
+            self.averages = [wide(p) if self.careful else p.detach().clone() for p in weights]
+            if self.place == "state":
+                for p, average in zip(weights, self.averages, strict=True):
+                    self.state[p]["average"] = average
+        super().step(closure)
+        for p, average in zip(weights, self.averages, strict=True):
+            average.lerp_(p.detach().to(average.dtype), 2e-3)
+
+
+@BOTH
+@pytest.mark.parametrize("place", ["state", "attribute"])
+def test_an_average_of_weights_that_is_stuck_is_found(place: str, bad: bool) -> None:
+    report = audit_training(line, lambda m: Averaged(m, not bad, place), mse, BATCH, "bf16-true", steps=14)
+    assert report.ok is not bad, str(report)
+    if bad:
+        (finding,) = report.findings
+        assert (finding.where, finding.kind) == ("update", "underflow")
+        assert "this average of '" in finding.message
+        assert finding.worst is not None
+        assert finding.worst.value != pytest.approx(finding.worst.reference, rel=2.0**-8)
+
+
+def test_moments_of_gradients_are_no_averages_of_weights() -> None:
+    def adam(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adam(model.parameters(), lr=0.02, betas=(0.9, 0.95))
+
+    assert audit_training(line, adam, mse, BATCH, "bf16-mixed", steps=8).ok
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+class Scaled(torch.optim.SGD):
+    """SGD with a GradScaler of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), lr=0.1)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
+
+
+@BOTH
+def test_clipping_values_before_unscaling_is_named_though_it_turns_the_gradient(bad: bool) -> None:
+    def step(model: nn.Module, optimizer: Scaled, loss: torch.Tensor) -> None:
+        optimizer.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        if not bad:
+            optimizer.scaler.unscale_(optimizer)
+        nn.utils.clip_grad_value_(model.parameters(), 0.05)
+        optimizer.scaler.step(optimizer)
+        optimizer.scaler.update()
+
+    report = audit_training(line, Scaled, mse, BATCH, "16-mixed", steps=8, step_fn=step)
+    assert report.ok is not bad, str(report)
+    if bad:
+        assert report.findings[0].where == "update"
+        assert "times too small" in report.findings[0].message
+        assert "Unscale first" in report.findings[0].message
+
+
+@pytest.mark.slow
+@BOTH
+def test_a_gradient_that_is_summed_over_micro_batches_in_bfloat16_is_found(bad: bool) -> None:
+    # From 256 equal terms on, the sum's last place is as large as a term, and half of it is rounded away.
+    count = 320
+    assert float(sum((torch.ones((), dtype=torch.bfloat16) for _ in range(count)), torch.zeros(()).bfloat16())) == 256.0
+
+    def step(model: nn.Module, optimizer: Any, loss: torch.Tensor) -> None:
+        model.seen = getattr(model, "seen", 0) + 1  # type: ignore[assignment]
+        (loss / count).backward()  # type: ignore[no-untyped-call]
+        if not bad:
+            for p in model.parameters():
+                p.total = wide(p.grad) if model.seen == 1 else p.total + p.grad  # type: ignore[attr-defined,arg-type]
+                p.grad = None
+        if model.seen == count:
+            if not bad:
+                for p in model.parameters():
+                    p.grad = p.total.to(p.dtype)  # type: ignore[attr-defined]
+            optimizer.step()
+
+    batches = [(X[:1] * 0.2 + 1.0, Y[:1] + 3.0)]
+    report = audit_training(
+        line, lambda m: torch.optim.SGD(m.parameters(), lr=0.5), mse, batches, "bf16-true", steps=count, step_fn=step
+    )
+    assert report.ok is not bad, str(report)
+    if bad:
+        assert (report.findings[0].where, report.findings[0].kind) == ("backward", "instability")
+        assert "already the gradient of the first step" in report.findings[0].message
+
+
+# -- steps -------------------------------------------------------------------------------------------------------------
+
+
+class ByHand:
+    """Adam as many write it, with its moments in the weights' dtype or in float32."""
+
+    def __init__(self, model: nn.Module, careful: bool) -> None:
+        self.weights, self.count = list(model.parameters()), 0
+        self.mean = [torch.zeros_like(wide(p) if careful else p.detach()) for p in self.weights]
+        self.square = [torch.zeros_like(m) for m in self.mean]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.count += 1
+        for p, m, v in zip(self.weights, self.mean, self.square, strict=True):
+            assert p.grad is not None
+            g = p.grad.to(m.dtype)
+            m.mul_(0.9).add_(g, alpha=0.1)
+            v.mul_(0.99).addcmul_(g, g, value=0.01)
+            root = (v / (1 - 0.99**self.count)).sqrt() + 1e-8
+            p.sub_((0.01 * m / (1 - 0.9**self.count) / root).to(p.dtype))
+
+
+@BOTH
+def test_an_eps_of_adam_s_that_is_nothing_in_float16_is_found_in_the_update(bad: bool) -> None:
+    assert float(torch.tensor(1e-8).half()) == 0.0
+
+    def small(model: nn.Module, batch: Any) -> torch.Tensor:
+        return mse(model, batch) * 0.02
+
+    report = audit_training(line, lambda m: ByHand(m, not bad), small, BATCH, "16-true", steps=10)
+    assert report.ok is not bad, str(report)
+    if bad:
+        assert (report.findings[0].where, report.findings[0].kind) == ("update", "range")
+        assert "though every gradient is finite" in report.findings[0].message
+
+
+class Table(nn.Module):
+    """A layer, and a table of which one row is used: the others only decay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.table = nn.Linear(8, 4), nn.Embedding(50, 8)
+        nn.init.normal_(self.table.weight, 1.0, 0.1)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.layer(x + 1e-3 * self.table.weight[0])
+
+
+class Decaying:
+    """SGD with weight decay of a thousandth in each step, on the weights or on float32 masters of them."""
+
+    def __init__(self, model: nn.Module, careful: bool) -> None:
+        self.weights = list(model.parameters())
+        self.masters = [wide(p) for p in self.weights] if careful else self.weights
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p, master in zip(self.weights, self.masters, strict=True):
+            assert p.grad is not None
+            master.mul_(1 - 1e-3).sub_(0.1 * p.grad.to(master.dtype))
+            p.copy_(master)
+
+
+@BOTH
+def test_weight_decay_that_does_nothing_is_found(bad: bool) -> None:
+    assert float(torch.ones((), dtype=torch.bfloat16) * (1 - 1e-3)) == 1.0
+    report = audit_training(Table, lambda m: Decaying(m, not bad), mse, BATCH, "bf16-true", steps=50)
+    assert report.ok is not bad, str(report)
+    if bad:
+        (finding,) = report.findings
+        assert (finding.where, finding.kind, finding.module) == ("update", "underflow", "table")
+        assert "100% of the movement that the optimizer meant left no trace" in finding.message
