@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from precision_runtime import audit
+from precision_runtime.auditing.noise import Noise
 from precision_runtime.formats import FORMATS
 
 HALF = ("16-true", "bf16-true", "16-mixed", "bf16-mixed")
@@ -152,7 +153,152 @@ def test_masks_are_no_finding(mode: str, mask: str) -> None:
     assert report.ok, report
 
 
+class Router(nn.Module):
+    """Shares that add up to 1: over one choice twice they are a half each, whatever the scores are."""
+
+    def __init__(self, choices: tuple[int, int], narrow: bool = False) -> None:
+        super().__init__()
+        self.gate, self.choices, self.narrow = nn.Linear(16, 4, bias=False), list(choices), narrow
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = nn.functional.softplus(self.gate(x))[:, self.choices]
+        if self.narrow:  # a share that is found by a long way round
+            scores = (scores + 30.0) - 30.0
+        return scores / scores.sum(-1, keepdim=True)
+
+
+def test_a_gradient_that_is_exactly_zero_has_no_digits_to_lose() -> None:
+    x = torch.randn(40, 16)
+    same = Router((1, 1))
+    shares = same(x)
+    cotangent = torch.rand_like(shares) + 0.5
+    (gradient,) = torch.autograd.grad(shares, same.gate.weight, cotangent)
+    # The other witness: in FP32 it is nothing beside what one of its terms gives.
+    (term,) = torch.autograd.grad(nn.functional.softplus(same.gate(x))[:, 1].log().sum(), same.gate.weight)
+    assert float(gradient.abs().max()) < 1e-6 * float(term.abs().max())
+    for mode in HALF:
+        assert audit(same, x, mode=mode).ok, mode
+        assert audit(Router((1, 2)), x, mode=mode).ok, mode
+    for mode in ("16-true", "bf16-true"):
+        assert not audit(Router((1, 2), narrow=True), x, mode=mode).ok, mode
+
+
 # -- the mode itself ---------------------------------------------------------------------------------------------------
+
+
+class LocalAttention(nn.Module):
+    """Attention to the last four places, by hand: a place that is padding, too, is masked twice."""
+
+    def __init__(self, constant: float | None = None) -> None:
+        super().__init__()
+        self.project, self.constant = nn.Linear(16, 48), constant
+
+    def forward(self, x: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.project(x).chunk(3, -1)
+        places = torch.arange(x.shape[1])
+        near = (places[:, None] >= places) & (places[:, None] < places + 4)
+        scores = q.float() @ k.float().mT
+        scores = scores.masked_fill(~near, torch.finfo(scores.dtype).min)
+        constant = torch.finfo(v.dtype).min if self.constant is None else self.constant
+        scores = scores + (padding * torch.tensor(constant, dtype=v.dtype))[:, None, :]
+        return scores.softmax(-1).to(v.dtype) @ v
+
+
+@pytest.mark.parametrize("mode", HALF)
+def test_rows_of_a_softmax_that_are_masked_entirely_have_no_right_result(mode: str) -> None:
+    model, x, padding = LocalAttention(), torch.randn(2, 12, 16), torch.zeros(2, 12)
+    padding[1, -4:] = 1.0  # the last row sees nothing else
+    with torch.no_grad():
+        half = LocalAttention().half()
+        half.load_state_dict(model.state_dict())
+        single, low = model(x, padding), half(x.half(), padding.half()).float()
+    assert torch.allclose(single[:, :-1], low[:, :-1], atol=2e-2)  # the other witness: all rows but
+    assert not torch.allclose(single[1, -1], low[1, -1], atol=1e-1)  # the one that is masked entirely
+    assert audit(model, x, padding, mode=mode).ok
+
+
+def test_a_masked_row_that_becomes_nan_is_found() -> None:
+    x, padding = torch.randn(2, 12, 16), torch.zeros(2, 12)
+    padding[1, -2:] = 1.0
+    report = audit(LocalAttention(-1e10), x, padding, mode="16-true")  # -1e10 is -inf there, and 0 * -inf is NaN
+    assert not report.ok
+    assert report.findings[0].kind == "range"
+    assert audit(LocalAttention(-1e10), x, padding, mode="bf16-true").ok
+
+
+class Heads(nn.Module):
+    """Attention by hand; the mask is the result of another module, and what comes from there is disturbed."""
+
+    def __init__(self, cancels: bool = False) -> None:
+        super().__init__()
+        self.project, self.mask, self.cancels = nn.Linear(16, 48), nn.Identity(), cancels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.project(x).chunk(3, -1)
+        future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        mask = self.mask(torch.zeros_like(future, dtype=x.dtype).masked_fill(future, torch.finfo(x.dtype).min))
+        if self.cancels:
+            v = (v + 100.0) - 100.0
+        return nn.functional.scaled_dot_product_attention(q, k, v, mask)
+
+
+def test_nothing_becomes_infinite_by_being_disturbed() -> None:
+    largest = torch.finfo(torch.float64).max
+    mask = torch.tensor([0.0, -largest, 1.5, -math.inf, largest], dtype=torch.float64)
+    seen = [Noise(2.0**-8, 0, number)(mask.repeat(50)).view(50, 5) for number in range(3)]
+    for values in seen:
+        assert torch.equal(values.isfinite(), mask.isfinite().expand(50, 5))
+        assert values[:, 2].unique().numel() == 50
+    assert (mask[1] * (1 + 2.0**-8)).isinf()  # what a rounding of that size would make of it
+
+
+@pytest.mark.parametrize("mode", HALF)
+def test_masks_that_a_module_returns_are_no_finding(mode: str) -> None:
+    x = torch.randn(2, 12, 16)
+    assert audit(Heads(), x, mode=mode).ok
+    assert not audit(Heads(cancels=True), x, mode=mode).ok
+
+
+class Indexer(nn.Module):
+    """The four earlier places whose keys fit best; the first rows have fewer, and take some that are masked."""
+
+    def __init__(self, coarse: bool = False) -> None:
+        super().__init__()
+        self.project, self.coarse = nn.Linear(16, 32), coarse
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k = self.project(x).chunk(2, -1)
+        scores = q @ k.mT
+        if self.coarse:
+            scores = scores + 1000.0  # swallows most of a score's digits
+        return (scores + mask).topk(4).indices
+
+
+class Indexed(nn.Module):
+    def __init__(self, coarse: bool = False) -> None:
+        super().__init__()
+        self.indexer = Indexer(coarse)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        return self.indexer(x, future * torch.tensor(torch.finfo(x.dtype).min, dtype=x.dtype))
+
+
+@pytest.mark.parametrize("mode", HALF)
+def test_a_choice_among_masked_places_is_no_decision(mode: str) -> None:
+    model, x = Indexed(), torch.randn(4, 12, 16)
+    assert audit(model, x, mode=mode, gradients=False).ok
+    # A true mode may round what is chosen from, so there the coarse one is as right as the mode allows.
+    assert audit(Indexed(coarse=True), x, mode=mode, gradients=False).ok == mode.endswith("true")
+
+
+def test_float16_and_float64_choose_other_masked_places() -> None:  # the other witness for the test above
+    scores, seen = torch.randn(200, 12).half(), 2
+    mask = torch.zeros(12, dtype=torch.float16)
+    mask[seen:] = torch.finfo(torch.float16).min
+    low, wide = (scores + mask).topk(4).indices, (scores.double() + mask.double()).topk(4).indices
+    assert torch.equal(low[:, :seen].sort(-1).values, wide[:, :seen].sort(-1).values)
+    assert not torch.equal(low[:, seen:], wide[:, seen:])
 
 
 class KeepsItsWeights(nn.Module):

@@ -1,9 +1,13 @@
-"""Rows of torch's own attention that are masked entirely: nothing is attended to, so they have no right result.
+"""Rows of attention that are masked entirely: nothing is attended to, so they have no right result.
 
 ``scaled_dot_product_attention`` gives 0 where the mask is -inf in every place, and an average of everything where it
-is a large negative number: which of the two depends on how float32's smallest number rounds to the mode's dtype.
-Callers throw such rows away (they belong to padding). So they are 0 in every run of an audit, and no gradient comes in
-through them. A row that comes out as NaN stays as it is, since that spreads; and a plain softmax is judged as it is.
+is a large negative number: which of the two depends on how float32's smallest number rounds to the mode's dtype. A
+softmax by hand gives an average of those places that are masked once and not twice, or of those whose score still
+shows beside float16's smallest number. Callers throw such rows away (they belong to padding). So they are 0 in every
+run of an audit, and no gradient comes in through them. A row that comes out as NaN stays as it is, since that spreads.
+
+A choice of the largest that has to take some masked places, too, may take any of them: float16's smallest number
+swallows what a score adds to it, float64's does not. So all masked places of such a row are alike in every run.
 """
 
 from __future__ import annotations
@@ -15,12 +19,13 @@ import torch
 
 from precision_runtime.formats import Format
 
-_SOFTMAX = frozenset(("aten::_safe_softmax",))
+_SOFTMAX = frozenset(("aten::_safe_softmax", "aten::_softmax"))
 _ATTENTION = frozenset(
     f"aten::_scaled_dot_product_{name}" for name in ("flash_attention_for_cpu", "efficient_attention")
 )
 _BACKWARD = frozenset(f"{name}_backward" for name in _ATTENTION)
-MASKED = _SOFTMAX | _ATTENTION | _BACKWARD
+_CHOICES = frozenset(("aten::topk", "aten::sort"))
+MASKED = _SOFTMAX | _ATTENTION | _BACKWARD | _CHOICES
 
 
 class Masking:
@@ -34,6 +39,8 @@ class Masking:
         name = func._schema.name
         if name in _SOFTMAX:
             return self._settled(func(*args, **kwargs), args[0], int(args[1]))
+        if name in _CHOICES:
+            return self._chosen(func, args, kwargs)
         shift = 1 if name in _BACKWARD else 0
         mask = kwargs.get("attn_mask", args[3 + shift] if name.startswith("aten::_scaled_dot_product_eff") else None)
         if not isinstance(mask, torch.Tensor) or not mask.is_floating_point():
@@ -43,6 +50,18 @@ class Masking:
             return func(args[0].masked_fill(rows, 0.0), *args[1:], **kwargs) if rows.any() else func(*args, **kwargs)
         first, *others = func(*args, **kwargs)
         return (self._settled(first, mask, -1), *others)
+
+    def _chosen(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        scores, result = args[0], func(*args, **kwargs)
+        if not scores.is_floating_point() or not scores.dim() or not scores.numel():
+            return result
+        masked = scores <= self._limit
+        if not masked.any() or bool(scores.amax() <= self._limit):
+            return result
+        _, indices = func(scores.masked_fill(masked, self._limit), *args[1:], **kwargs)
+        names = [argument.name for argument in func._schema.arguments]
+        dim = kwargs.get("dim", args[names.index("dim")] if len(args) > names.index("dim") else -1)
+        return type(result)((scores.gather(dim, indices), indices))
 
     def _settled(self, result: torch.Tensor, scores: torch.Tensor, dim: int) -> torch.Tensor:
         if not scores.is_floating_point() or not scores.dim() or not scores.numel():
