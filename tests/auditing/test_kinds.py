@@ -219,6 +219,53 @@ def test_the_error_of_a_single_number_is_the_rms_over_its_replicas(own: float, o
     assert f"rms of {1 + used} runs" in after[site].note
 
 
+# -- bias --------------------------------------------------------------------------------------------------------------
+
+
+class Offset(nn.Module):
+    """Multiplies by 1 + w, which the dtype of w rounds: the same error in every row."""
+
+    def __init__(self, bad: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter((torch.randn(96) * 0.02).half().float())
+        self.bad = bad
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = 1.0 + (self.weight if self.bad else self.weight.float())
+        return (x.float() * scale.float()).to(x.dtype)
+
+
+class Pooled(nn.Module):
+    """How far the mean over 4,096 rows has moved, or the mean itself."""
+
+    def __init__(self, bad: bool, moved: bool) -> None:
+        super().__init__()
+        self.offset, self.moved = Offset(bad), moved
+
+    def forward(self, x: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        out = self.offset(x).float()
+        return (out - before.float()).mean(0) if self.moved else out.mean(0)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_bias_that_shows_only_after_pooling_is_found_where_more_than_one_rounding_of_the_result_is_lost(
+    bad: bool,
+) -> None:
+    torch.manual_seed(0)
+    x, before = (torch.randn(4096, 96) * 0.6 + 1.1 for _ in range(2))
+    moved = Pooled(bad, moved=True)
+    # The second witness: what rounding 1 + w takes from a channel is the same in all of its rows.
+    weight = moved.offset.weight.detach()
+    bias = (1.0 + weight.half()).double() - (1.0 + weight.double())
+    assert 0.1 * 2.0**-11 < float(bias.abs().mean()) < 2.0**-11
+    report = audit(moved, x, before, mode="16-true", gradients=False)
+    assert report.ok is not bad, report
+    if bad:  # row by row it is one rounding, as any norm's weight costs: the module itself is right
+        assert [f.module for f in report.findings] == [""]
+    # The mean of 1.1 is off by less than one rounding of itself, which nobody could have stored better.
+    assert audit(Pooled(bad, moved=False), x, before, mode="16-true", gradients=False).ok
+
+
 # -- steep, long, recurrent --------------------------------------------------------------------------------------------
 
 
