@@ -13,7 +13,7 @@ from precision_runtime.ranging.quickly import verdict
 from precision_runtime.record import Report
 from precision_runtime.shrinking import shrink
 from pytest_precision.pasting import Origin, pasted
-from pytest_precision.shrinking import AUDITS
+from pytest_precision.shrinking import AUDITS, RAISED
 
 
 def explore(
@@ -43,6 +43,10 @@ def explore(
     found = search(judge, strategies, max_examples=max_examples, seed=seed)
     if found.report.ok:
         return found.report, ""
-    small = shrink(function, found.args, kwargs, mode, audits=AUDITS, report=found.report, **asked)
+    where = f"found by example {found.examples} of at most {max_examples} (seed {seed})"
+    try:
+        small = shrink(function, found.args, kwargs, mode, audits=AUDITS, report=found.report, **asked)
+    except RAISED as error:  # on a second look; what was found stands without it
+        return found.report, f"{where}; not shrunk: {type(error).__name__}: {error}"
     small = replace(small, source=pasted(function, small, mode.name, asked, origin))
-    return small.report, f"found by example {found.examples} of at most {max_examples} (seed {seed}); {small}"
+    return small.report, f"{where}; {small}"

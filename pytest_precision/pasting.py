@@ -30,17 +30,17 @@ def pasted(function: Callable[..., Any], found: Shrunk, mode: str, asked: Mappin
     from precision_runtime.errors import ConfigurationError
     from precision_runtime.pasting import source_of_check
 
-    subject, needed = expression_of(function, origin.module) or ("subject", "")
-    note = "" if subject != "subject" else (
-        f"`subject` is what {origin.case} checks ({found.report.subject}): make it here as it is made there"
-    )  # fmt: skip
+    named = expression_of(function, origin.module)
+    subject, needed = named or ("subject", "")
+    note = f"`subject` is what {origin.case} checks ({found.report.subject}): make it here as it is made there"
     options: dict[str, Any] = {} if asked["gradients"] else {"gradients": False}
     if asked["budget"] != origin.budget:
         options["budget"] = asked["budget"]
     try:
         return source_of_check(
-            subject, mode, found.args, found.kwargs, found.draws, found.report, options, origin.marker, needed, note
-        )
+            subject, mode, found.args, found.kwargs, found.draws, found.report, options, origin.marker, needed,
+            "" if named else note,
+        )  # fmt: skip
     except ConfigurationError as error:  # what was found stands without it
         return f"# {error}\n"
 

@@ -94,7 +94,7 @@ def shrink(
             return audit(function, *inputs[0], mode=parsed, kwargs=inputs[1], seed=seed, **more)
 
     given = (tuple(args), dict(kwargs or {}))
-    first = report or full(given, seed)
+    first = full(given, seed) if report is None else report
     if first.ok:
         raise ConfigurationError(
             f"shrink() got inputs on which nothing fails: {first.subject} holds in {first.mode}; "

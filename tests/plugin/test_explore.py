@@ -110,6 +110,33 @@ def test_it(precision_ctx):
     result.stdout.fnmatch_lines(["E  *KeyError: 'mine'"])
 
 
+def test_what_fails_no_second_time_is_told_all_the_same(run):
+    result = run(
+        SOFTPLUS
+        + """
+@pytest.mark.precision("16-true")
+def test_it(precision_ctx):
+    import pytest_precision.exploring as exploring
+    over = []
+    def once(x):
+        if over:
+            raise OSError("not again")
+        return by_hand(x)
+    shrink = exploring.shrink
+    def late(*args, **asked):
+        over.append(True)
+        return shrink(*args, **asked)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exploring, "shrink", late)
+        precision_ctx.explore(once, (4, 8), low=-20, high=20, gradients=False)
+"""
+    )
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        ["E  *to blame: *", "E  *found by example * of at most 50 (seed 0); not shrunk: OSError: not again"]
+    )
+
+
 def test_headroom_can_be_asked_for(run):
     result = run(
         """
