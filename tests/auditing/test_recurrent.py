@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from contextlib import nullcontext
 from typing import Any
 
@@ -87,15 +88,41 @@ def test_packed_sequences_too(layer: str, directions: int, ordered: bool) -> Non
     assert_equal(step_through(module, packed, None, same), module(packed))
 
 
-def test_every_new_state_is_disturbed_once() -> None:
-    seen: list[torch.Size] = []
+@pytest.mark.parametrize(
+    ("layer", "sums", "inner"),
+    [
+        ("lstm", 28, {28: 1, 7: 4 + 1 + 2}),  # four gates in one sum; each gate, tanh(c), h and c
+        ("gru", 21, {21: 1, 7: 3 + 3 + 1}),  # r, z and n, each as a sum and behind its activation, and h
+        ("tanh", 7, {7: 1 + 1}),  # the sum and h
+    ],
+)
+def test_every_sum_gate_and_new_state_is_disturbed_once(layer: str, sums: int, inner: dict[int, int]) -> None:
+    seen: Counter[tuple[int, ...]] = Counter()
 
     def count(state: torch.Tensor) -> torch.Tensor:
-        seen.append(state.shape)
+        seen[tuple(state.shape)] += 1
         return state
 
-    step_through(nn.LSTM(5, 7, num_layers=2), torch.randn(9, 2, 5), None, count)
-    assert seen == [torch.Size([2, 7])] * (9 * 2 * 2)  # steps, layers, h and c
+    step_through(LAYERS[layer](num_layers=2), torch.randn(9, 2, 5), None, count)
+    steps = 9 * 2  # in each of two layers
+    assert seen == Counter({(9, 2, sums): 2} | {(2, width): number * steps for width, number in inner.items()})
+
+
+def test_gradients_that_come_back_to_a_step_are_disturbed_too() -> None:
+    module = nn.RNN(5, 7).double()
+    x = torch.randn(9, 2, 5, dtype=torch.float64, requires_grad=True)
+    (plain,) = torch.autograd.grad(module(x)[0].sum(), x)
+    backward = False
+
+    def noise(t: torch.Tensor) -> torch.Tensor:
+        return t * 1.25 if backward else t.clone()
+
+    with noisy_states([module], noise):
+        out = module(x)[0].sum()
+        backward = True
+        (disturbed,) = torch.autograd.grad(out, x)
+    # The gradient of the last input comes back to the new state, the sum, and the inputs' part of it.
+    assert torch.allclose(disturbed[-1], plain[-1] * 1.25**3, rtol=1e-12)
 
 
 def test_each_partial_sum_of_a_weights_gradient_is_disturbed() -> None:

@@ -1,7 +1,8 @@
-"""RNN, LSTM and GRU layers with noise on the state (and the gate that keeps it) at every step.
+"""RNN, LSTM and GRU layers with noise on sums, gates and states at every step, forward and backward.
 
-A layer that runs 160 steps in half precision rounds its state 160 times. One disturbance of its parameters does not
-stand for that, so the perturbed FP64 run steps through the layer itself and disturbs the state each time.
+A layer that runs 160 steps in half precision rounds its state 160 times, and what its gates let through, too. One
+disturbance of its parameters does not stand for that, so the perturbed FP64 run steps through the layer itself and
+disturbs what a layer that is written out of modules would have as their results, and the gradients that come back.
 Backward, the gradient of the weights that meet the state is a running total over the steps, rounded as often: there
 each partial sum is disturbed.
 """
@@ -23,11 +24,18 @@ State = tuple[torch.Tensor, ...]
 
 @contextmanager
 def noisy_states(modules: Iterable[nn.Module], perturb: Perturb) -> Iterator[None]:
-    """For the time of the block, every ``nn.RNNBase`` among ``modules`` disturbs its state at each step."""
+    """For the time of the block, every ``nn.RNNBase`` among ``modules`` disturbs its state and gates at each step."""
+
+    def both_ways(t: torch.Tensor) -> torch.Tensor:
+        new = perturb(t)
+        if new is not t and new.requires_grad:
+            new.register_hook(perturb)
+        return new
+
     with ExitStack() as stack:
         for module in modules:
             if isinstance(module, nn.RNNBase):
-                stack.enter_context(_replaced(module, perturb))
+                stack.enter_context(_replaced(module, both_ways))
         yield
 
 
@@ -49,7 +57,7 @@ def _replaced(module: nn.RNNBase, perturb: Perturb) -> Iterator[None]:
 
 
 def step_through(module: nn.RNNBase, sequence: Any, hx: Any, perturb: Perturb) -> tuple[Any, Any]:
-    """Run the layer as torch documents it, one step after the other, with ``perturb`` applied to each new state.
+    """Run the layer as torch documents it, one step after the other; ``perturb`` disturbs each sum, gate and new state.
 
     ``sequence`` is (time, batch, features), batch-first or unbatched as the module wants it, or a PackedSequence;
     the result is what ``module(sequence, hx)`` returns.
@@ -113,7 +121,7 @@ def _direction(
     weights: dict[str, Any] = {
         n: getattr(module, n + suffix, None) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
     }
-    gates = functional.linear(x, weights["weight_ih"], weights["bias_ih"])
+    gates = perturb(functional.linear(x, weights["weight_ih"], weights["bias_ih"]))
     steps = range(x.shape[0] - 1, -1, -1) if reverse else range(x.shape[0])
     cell = _CELLS[module.mode]
     out: list[torch.Tensor] = [x] * x.shape[0]
@@ -144,25 +152,26 @@ def _totalled(weight: torch.Tensor | None, perturb: Perturb) -> torch.Tensor | N
 
 def _lstm(gates: torch.Tensor, state: State, w: dict[str, Any], perturb: Perturb) -> State:
     h, c = state
-    i, f, g, o = (gates + functional.linear(h, w["weight_hh"], w["bias_hh"])).chunk(4, -1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    h = torch.sigmoid(o) * torch.tanh(c)
+    i, f, g, o = perturb(gates + functional.linear(h, w["weight_hh"], w["bias_hh"])).chunk(4, -1)
+    i, f, g, o = (perturb(gate) for gate in (torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)))
+    c = f * c + i * g
+    h = o * perturb(torch.tanh(c))
     return (h if w["weight_hr"] is None else functional.linear(h, w["weight_hr"])), c
 
 
 def _gru(gates: torch.Tensor, state: State, w: dict[str, Any], perturb: Perturb) -> State:
     (h,) = state
     xr, xz, xn = gates.chunk(3, -1)
-    hr, hz, hn = functional.linear(h, w["weight_hh"], w["bias_hh"]).chunk(3, -1)
-    # The update gate is stored like the state, and 1 - z is all that a GRU lets in where z is nearly 1.
-    r, z = torch.sigmoid(xr + hr), perturb(torch.sigmoid(xz + hz))
-    n = torch.tanh(xn + r * hn)
+    hr, hz, hn = perturb(functional.linear(h, w["weight_hh"], w["bias_hh"])).chunk(3, -1)
+    # 1 - z is all that a GRU lets in where z is nearly 1, and z is stored like the state.
+    r, z = perturb(torch.sigmoid(perturb(xr + hr))), perturb(torch.sigmoid(perturb(xz + hz)))
+    n = perturb(torch.tanh(perturb(xn + r * hn)))
     return ((1 - z) * n + z * h,)
 
 
 def _plain(activation: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., State]:
     def cell(gates: torch.Tensor, state: State, w: dict[str, Any], perturb: Perturb) -> State:
-        return (activation(gates + functional.linear(state[0], w["weight_hh"], w["bias_hh"])),)
+        return (activation(perturb(gates + functional.linear(state[0], w["weight_hh"], w["bias_hh"]))),)
 
     return cell
 
