@@ -188,6 +188,9 @@ class Draws:
 
         return Made()
 
+    def dithered(self, where: str, number: int) -> None:
+        """No runs with roundings drawn by chance (``test_dithering.py`` has them)."""
+
 
 ONE = torch.tensor(1.0, dtype=torch.float64)
 LINE = 2.0**-8 / 3**0.5  # where nothing else is disturbed, one rounding of a result of that size
