@@ -222,6 +222,19 @@ def test_the_error_of_a_single_number_is_the_rms_over_its_replicas(own: float, o
     assert f"rms of {1 + used} runs" in after[site].note
 
 
+def test_a_replica_whose_terms_cancel_is_no_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two terms of either sign: of operands a little smaller their difference may be a hundredth of what it was, and the
+    # error is what it was.
+    sheet, made = Sheet(), Sheet()
+    sheet.add_outputs([("", ONE + 1.2 * LINE)], [("", ONE)], 2.0**-8, 0.0)
+    made.add_outputs([("", ONE / 100.0 + LINE)], [("", ONE / 100.0)], 2.0**-8, 0.0)
+    (site,) = sheet.pairs
+    draws: Any = Draws([0.0])
+    monkeypatch.setattr(draws, "get", lambda number: type("Made", (), {"few": lambda self, call: made})())
+    after = replicas.replicated(draws, None, sheet, {site: sheet.pairs[site].judge([ONE.reshape(1)])}, 4.0)
+    assert after[site].excess < 2.0  # and 97 where the error was taken relative to what is left
+
+
 # -- bias --------------------------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,8 @@ FEW = 64  # elements; an rms over fewer is too uncertain after one run
 SUSPECT = 1.0
 # No chance makes a healthy error this many times the limit.
 CERTAIN = 4.0
+# A result of operands that are a sixteenth smaller is itself this many times smaller at most, unless its terms cancel.
+SHRUNK = 2.0
 # With the judged run 4 draws: a healthy one (at most 1) is above 1.5 then in 6 of 100 cases, one that is off by 9 is
 # below it in 2 of 1,000 (chi-squared, 4 degrees of freedom). What is not clear by then is judged on 16.
 FIRST, ALL = 3, 15
@@ -83,8 +85,11 @@ def replicated(
                 entry = again.pairs.get(site)
                 if entry is None or entry.lost is not None or entry.rms_reference == 0.0:
                     return out
-                # Relative to the result, which has moved; what rounding the operands must cost has moved with it.
-                errors[site].append(entry.rms_error / entry.rms_reference * sheet.pairs[site].rms_reference)
+                # Relative to the result, which has moved; what rounding the operands must cost has moved with it, but
+                # not where terms cancel and the result has come close to 0.
+                errors[site].append(
+                    entry.rms_error * min(SHRUNK, sheet.pairs[site].rms_reference / entry.rms_reference)
+                )
         for site, before in open_.items():
             out[site] = _over(before, errors[site], sheet.pairs[site], limit)
         open_ = {s: j for s, j in open_.items() if out[s].excess > clear}
