@@ -226,6 +226,42 @@ def test_a_masked_row_that_becomes_nan_is_found() -> None:
     assert audit(LocalAttention(-1e10), x, padding, mode="bf16-true").ok
 
 
+class Additive(nn.Module):
+    """Attention by hand with a mask that is added to the scores in their own dtype, or set in its place."""
+
+    def __init__(self, adds: bool) -> None:
+        super().__init__()
+        self.project, self.adds = nn.Linear(16, 48), adds
+        nn.init.normal_(self.project.weight)
+
+    def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.project(x).chunk(3, -1)
+        scores, least = q @ k.mT, torch.finfo(v.dtype).min
+        places = torch.arange(x.shape[1])
+        blocked = (places[:, None] < places) | ~keep[:, None, :]
+        if self.adds:
+            scores = scores + torch.zeros_like(scores).masked_fill(blocked, least)
+        else:
+            scores = scores.masked_fill(blocked, least)
+        return scores.softmax(-1).to(v.dtype) @ v
+
+
+def test_a_score_that_its_mask_makes_infinite_is_found_though_its_row_is_masked_entirely() -> None:
+    x, keep = torch.randn(2, 12, 16), torch.ones(2, 12, dtype=torch.bool)
+    keep[1, :4] = False  # the first rows see nothing at all
+    with torch.no_grad():
+        scores = torch.stack([q @ k.mT for q, k, _ in [Additive(True).project(x).chunk(3, -1)]])
+        assert (
+            float(scores.min()) < -32.0
+        )  # half of the distance between float16's largest numbers: -65504 - 32 is -inf
+    model = Additive(adds=True)
+    for mode in ("16-true", "16-mixed"):
+        assert not audit(model, x, keep, mode=mode, gradients=False).ok, mode
+        assert audit(Additive(adds=False), x, keep, mode=mode, gradients=False).ok, mode
+    for mode in ("bf16-true", "bf16-mixed"):
+        assert audit(model, x, keep, mode=mode, gradients=False).ok, mode
+
+
 class Heads(nn.Module):
     """Attention by hand; the mask is the result of another module, and what comes from there is disturbed."""
 

@@ -64,6 +64,8 @@ _DECISIONS = frozenset(
         "grid_sampler_2d", "grid_sampler_3d", "grid_sampler_2d_backward", "grid_sampler_3d_backward",
     )
 )  # fmt: skip
+# Sums in float16, the only half format whose largest number a score of some tens can be added to with an effect.
+_SUMS = frozenset(("aten::add", "aten::add_"))
 # Of these, and of comparisons for equality, the ones that go otherwise where two values are equal: in a half format
 # values that lie close together are. So the operands are rounded to the mode's grid, too.
 _TIES = frozenset(
@@ -250,6 +252,10 @@ class LowWatch(TorchDispatchMode):
             self.frames[-1].decisions.append(_is_rounded(args[0], self._low))
         if func._schema.name in MASKED:
             result = self._masking.run(func, args, kwargs)
+        elif func._schema.name in _SUMS and args[0].dtype is torch.float16:
+            scores = args[0].clone() if func._schema.name.endswith("_") else args[0]
+            result = func(*args, **kwargs)
+            self._masking.watch(scores, args[1], result)
         else:
             result = func(*args, **kwargs)
         if func._schema.name in _NORMS:

@@ -6,6 +6,9 @@ softmax by hand gives an average of those places that are masked once and not tw
 shows beside float16's smallest number. Callers throw such rows away (they belong to padding). So they are 0 in every
 run of an audit, and no gradient comes in through them. A row that comes out as NaN stays as it is, since that spreads.
 
+Where adding such a number to a score has made -inf of it in the low-precision run, code is one step from a row of
+nothing but -inf, which is NaN: then no row of a softmax by hand is settled, in any run, and the overflow shows.
+
 A choice of the largest that has to take some masked places, too, may take any of them: float16's smallest number
 swallows what a score adds to it, float64's does not. So all masked places of such a row are alike in every run.
 """
@@ -19,7 +22,8 @@ import torch
 
 from precision_runtime.formats import Format
 
-_SOFTMAX = frozenset(("aten::_safe_softmax", "aten::_softmax"))
+_BY_HAND = "aten::_softmax"
+_SOFTMAX = frozenset(("aten::_safe_softmax", _BY_HAND))
 _ATTENTION = frozenset(
     f"aten::_scaled_dot_product_{name}" for name in ("flash_attention_for_cpu", "efficient_attention")
 )
@@ -33,12 +37,26 @@ class Masking:
 
     def __init__(self, format_: Format) -> None:
         self._limit = -format_.max / 2.0
+        self.spilt = False  # a score has become -inf by a mask that is finite
+
+    def watch(self, scores: torch.Tensor, mask: object, total: torch.Tensor) -> None:
+        """Look at a sum of the low-precision run for a score that its mask has made -inf."""
+        if self.spilt or not isinstance(mask, torch.Tensor) or total.dtype is not torch.float16:
+            return
+        if total.layout is not torch.strided:
+            return
+        made = total == -torch.inf
+        if made.any():
+            one, other = scores.expand_as(total)[made], mask.expand_as(total)[made]
+            finite, masks = one.isfinite() & other.isfinite(), (one <= self._limit, other <= self._limit)
+            self.spilt = bool((finite & (masks[0] != masks[1])).any())
 
     def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """``func(*args, **kwargs)`` with entirely masked rows settled."""
         name = func._schema.name
         if name in _SOFTMAX:
-            return self._settled(func(*args, **kwargs), args[0], int(args[1]))
+            result = func(*args, **kwargs)
+            return result if self.spilt and name == _BY_HAND else self._settled(result, args[0], int(args[1]))
         if name in _CHOICES:
             return self._chosen(func, args, kwargs)
         shift = 1 if name in _BACKWARD else 0

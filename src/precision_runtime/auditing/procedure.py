@@ -249,14 +249,17 @@ class _Trial:
     # -- the runs ---------------------------------------------------------------------------------------------------
 
     def _low(self, worlds: Worlds) -> Run:
+        spilt = self._masking.spilt
         try:
-            return self._low_once(worlds)
+            run = self._low_once(worlds)
         except RuntimeError as error:
             # Code that differentiates by itself (forces, penalties) does not run under no_grad.
             if self.gradients or "does not require grad" not in str(error):
                 raise
-        worlds.grad = True
-        return self._low_once(worlds)
+            worlds.grad = True
+            run = self._low_once(worlds)
+        # Rows that were settled before it was known that none may be: once more, with none.
+        return run if self._masking.spilt == spilt else self._low_once(worlds)
 
     def _low_once(self, worlds: Worlds) -> Run:
         self._watch = LowWatch(getattr(torch, self.mode.compute), self._masking)
