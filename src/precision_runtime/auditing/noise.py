@@ -120,7 +120,7 @@ class Noise:
             disturbed = torch.addcmul(t, t, xi, value=u)
             if step and not t.is_complex() and u * float(t.detach().abs().max()) < _FINE * step:
                 disturbed = torch.addcmul(disturbed, xi, (t != 0).to(t.dtype), value=step / 2.0)
-            if not math.isfinite(abs(disturbed.sum())):  # a mask of FP64's own largest value is no operand
+            if not math.isfinite(abs(disturbed.detach().sum())):  # a mask of FP64's own largest value is no operand
                 disturbed = torch.where(disturbed.isfinite(), disturbed, t)
         return disturbed
 
