@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -224,6 +225,17 @@ def test_a_masked_row_that_becomes_nan_is_found() -> None:
     assert not report.ok
     assert report.findings[0].kind == "range"
     assert audit(LocalAttention(-1e10), x, padding, mode="bf16-true").ok
+
+
+def test_a_row_whose_scores_float32_swallows_has_no_right_result() -> None:
+    x, padding = torch.randn(2, 12, 16), torch.zeros(2, 12)
+    padding[1, -4:] = 1.0  # the last row sees nothing else
+    model = LocalAttention(-1e10)
+    single, double = model(x, padding), copy.deepcopy(model).double()(x.double(), padding.double())
+    # The other witness: what FP64 still tells apart in that row, float32 does not; every other row is the same.
+    assert torch.allclose(single[:, :-1].double(), double[:, :-1], atol=1e-5)
+    assert not torch.allclose(single[1, -1].double(), double[1, -1], atol=1e-2)
+    assert audit(model, x, padding, mode="bf16-true").ok
 
 
 class Additive(nn.Module):

@@ -32,6 +32,11 @@ _CHOICES = frozenset(("aten::topk", "aten::sort"))
 MASKED = _SOFTMAX | _ATTENTION | _BACKWARD | _CHOICES
 
 
+# Beside a score of this size another one is lost even in float32, whose steps are 8 wide there: a mask of -1e9 or -1e10
+# hides all scores of a row, and what FP64 still tells apart there nobody gets.
+SWALLOWED = 2.0**26
+
+
 class Masking:
     """Runs the ops of ``MASKED``. Half of the largest value of ``format_``, negative, is what no score comes to."""
 
@@ -84,7 +89,7 @@ class Masking:
     def _settled(self, result: torch.Tensor, scores: torch.Tensor, dim: int) -> torch.Tensor:
         if not scores.is_floating_point() or not scores.dim() or not scores.numel():
             return result
-        rows = scores.amax(dim, keepdim=True) <= self._limit
+        rows = scores.amax(dim, keepdim=True) <= max(self._limit, -SWALLOWED)
         if not rows.any():
             return result
         return torch.where(rows & result.isfinite(), torch.zeros((), dtype=result.dtype, device=result.device), result)
