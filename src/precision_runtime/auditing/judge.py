@@ -162,7 +162,7 @@ class Judge:
 
         The run that tells costs as much as the reference: it is made when as much as half of that has not passed.
         """
-        plain = not self.low.second_order and not self.low.recomputed
+        plain = self.low.differentiable and not self.low.second_order and not self.low.recomputed
         if self._explaining is None and self.borders is not None and plain:
             self._open_backward += len(call.subtree())
             if 2 * self._open_backward > len(self.low.calls):
