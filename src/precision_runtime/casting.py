@@ -46,6 +46,16 @@ CAST: Mapping[torch.dtype, Callable[[torch.Tensor], torch.Tensor]] = MappingProx
     }
 )
 
+Casts = Mapping[torch.dtype, Callable[[torch.Tensor], torch.Tensor]]
+
+
+def casts(table: CastTable) -> Casts:
+    """For each dtype of ``table`` the function that casts a tensor of it. A plain dict: it is read at every forward."""
+    return {dtype: CAST[target] for dtype, target in table.items()}
+
+
+CASTS_TO: Mapping[torch.dtype, Casts] = {dtype: casts(table) for dtype, table in TO.items()}
+
 
 def cast_tree(value: Any, table: CastTable) -> Any:
     """``value`` with its tensors cast, in nested lists, tuples, mappings, dataclasses and Hugging Face outputs.

@@ -10,6 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar, Token
+from functools import partial
 from types import MethodType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from precision_runtime.strategies import Strategy
 
 _SUSPENDED: ContextVar[bool] = ContextVar("precision_runtime_suspended", default=False)
+_SUSPENSIONS: list[None] = []  # one for each suspended() that is open in any thread; empty, nobody need ask further
 
 
 class PatchedMethod:
@@ -87,13 +89,13 @@ class SetUpForward(PatchedForward):
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Run the module in its mode, or plainly inside ``suspended()``."""
         # A context variable would break the compiler's graph; suspended() sees to it that compiled code is not run.
-        if not torch.compiler.is_dynamo_compiling() and _SUSPENDED.get():
+        if _SUSPENSIONS and not torch.compiler.is_dynamo_compiling() and _SUSPENDED.get():
             return self.__wrapped__(*args, **kwargs)
         # Not __wrapped__: this line is run at every call, and torch.compile must see through it.
         if self.own is None:
             module = self.module
-            return self.strategy.call(type(module).forward, (module,), args, kwargs)
-        return self.strategy.call(self.own, (), args, kwargs)
+            return self.strategy.call(partial(type(module).forward, module), args, kwargs)
+        return self.strategy.call(self.own, args, kwargs)
 
     def __repr__(self) -> str:
         return f"<forward of {type(self.module).__name__} in {self.strategy.mode}>"
@@ -167,6 +169,7 @@ class suspended:  # noqa: N801  # reads as the verb that it is: with suspended()
         # Where the compiler has not been loaded nothing is compiled, and loading it takes seconds.
         self._stance: Any = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
         self._token: Token[bool] = _SUSPENDED.set(True)
+        _SUSPENSIONS.append(None)
         self._enabled = [device for device in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
         for device in self._enabled:
             torch.set_autocast_enabled(device, False)
@@ -176,6 +179,7 @@ class suspended:  # noqa: N801  # reads as the verb that it is: with suspended()
     ) -> None:
         for device in self._enabled:
             torch.set_autocast_enabled(device, True)
+        _SUSPENSIONS.pop()
         _SUSPENDED.reset(self._token)
         if self._stance is not None:
             self._stance.__exit__(kind, error, trace)

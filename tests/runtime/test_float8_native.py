@@ -206,7 +206,7 @@ def test_they_are_pickled(strategy):
 
 
 def test_forward_and_autocast_open_the_library_s_region_and_close_it_after_an_error(library, strategy):
-    strategy.call(lambda x: library.log.append("forward") or x, (), (torch.ones(1),), {})
+    strategy.call(lambda x: library.log.append("forward") or x, (torch.ones(1),), {})
     (_, enabled, recipe), middle, end = library.log
     assert (enabled, type(recipe).__name__, recipe.fp8_format) == (True, "DelayedScaling", Format.HYBRID)
     assert (middle, end) == ("forward", ("exit",))

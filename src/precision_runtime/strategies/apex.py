@@ -44,13 +44,11 @@ class FunctionStrategy(MixedStrategy):
         """Autocast with Apex's rules above it; null inside ``forwarding.suspended()``."""
         return contextlib.nullcontext() if is_suspended() else self._casts()
 
-    def call(
-        self, function: Callable[..., Any], first: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See ``Strategy.call``."""
         args, kwargs = cast_call(args, kwargs, self.input_table)
         with torch.autocast(self.device.type, dtype=self.compute), ApexFunctions(self.compute):
-            result = function(*first, *args, **kwargs)
+            result = function(*args, **kwargs)
         return self.cast_outputs(result)
 
     @contextlib.contextmanager

@@ -99,14 +99,12 @@ class Float8Strategy(HalfStrategy):
         """One step of delayed scaling: calls of a layer inside share their scales."""
         return native.context(self.options.recipe) if self.native and not is_suspended() else region()
 
-    def call(
-        self, function: Callable[..., Any], first: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See ``Strategy.call``."""
         if self.native:
             with native.context(self.options.recipe):
-                return super().call(function, first, args, kwargs)
+                return super().call(function, args, kwargs)
         if torch.compiler.is_dynamo_compiling():  # the compiler leaves FP8 layers to Python, each a region of its own
-            return super().call(function, first, args, kwargs)
+            return super().call(function, args, kwargs)
         with region():
-            return super().call(function, first, args, kwargs)
+            return super().call(function, args, kwargs)

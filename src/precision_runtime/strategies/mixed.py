@@ -51,15 +51,13 @@ class MixedStrategy(Strategy):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute)
 
-    def call(
-        self, function: Callable[..., Any], first: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See ``Strategy.call``."""
         args, kwargs = cast_call(args, kwargs, self.input_table)
         if torch.compiler.is_compiling() or torch._C._is_torch_function_mode_enabled():
             # Compilers and exporters look for torch's own context manager and record it in their graph.
             with torch.autocast(self.device.type, dtype=self.compute):
-                result = function(*first, *args, **kwargs)
+                result = function(*args, **kwargs)
         else:
             # The same steps as torch.autocast's, without making the object.
             device = self.device.type
@@ -68,7 +66,7 @@ class MixedStrategy(Strategy):
             set_autocast_dtype(device, self.compute)
             autocast_increment_nesting()
             try:
-                result = function(*first, *args, **kwargs)
+                result = function(*args, **kwargs)
             finally:
                 if autocast_decrement_nesting() == 0:  # casts of weights are shared up to the outermost region
                     clear_autocast_cache()

@@ -45,9 +45,7 @@ class Tf32Strategy(Strategy):
         """The products of the backward pass in TF32, too."""
         return self.autocast()
 
-    def call(
-        self, function: Callable[..., Any], first: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See ``Strategy.call``."""
         with products(self.device.type, self.emulated):
-            return function(*first, *args, **kwargs)
+            return function(*args, **kwargs)
