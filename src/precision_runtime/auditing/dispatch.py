@@ -19,6 +19,7 @@ from precision_runtime.auditing.defects import KnownDefect, defect_of
 from precision_runtime.auditing.masking import MASKED, Masking
 from precision_runtime.auditing.noise import Noise, is_count
 from precision_runtime.auditing.randomness import Draw, draw_of
+from precision_runtime.auditing.snapshots import Place, Snapshots, written
 from precision_runtime.auditing.unseen import made_of_others
 from precision_runtime.formats import FORMATS
 from precision_runtime.tf32 import rounded_operands
@@ -120,7 +121,8 @@ class TrueDouble(TorchDispatchMode):
         self.fallbacks: set[str] = set()
         self.marks: list[Iterator[bool]] = [iter(marks)]
         self._noise = noise
-        self._plans: dict[Any, tuple[Draw | None, bool, bool]] = {}
+        self.snapshots = Snapshots()
+        self._plans: dict[Any, tuple[Draw | None, bool, tuple[Place, ...]]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -131,9 +133,11 @@ class TrueDouble(TorchDispatchMode):
         plan = self._plans.get(func)
         if plan is None:
             aliases = any(a.alias_info is not None for a in func._schema.arguments)
-            writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
-            plan = self._plans[func] = (draw_of(func), aliases, writes)
-        draw, aliases, writes = plan
+            plan = self._plans[func] = (draw_of(func), aliases, written(func))
+        draw, aliases, places = plan
+        writes = bool(places)
+        if writes:
+            self.snapshots.before(places, args, kwargs)
         dtype = kwargs.get("dtype")
         if dtype in WIDE:
             kwargs["dtype"] = WIDE[dtype]
@@ -220,20 +224,22 @@ class LowWatch(TorchDispatchMode):
 
     ``frames`` holds what the ops did in each open module call, innermost last; ``frames[0]`` is the whole run.
     ``products`` holds the dtypes that matrix products and convolutions ran in, ``defects`` the known backend defects
-    that were met; those are computed rightly instead, so that they hide nothing else.
+    that were met; those are computed rightly instead, so that they hide nothing else. ``snapshots`` are told what the
+    ops write to.
     """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # torch's guard against its compiler costs more than what is done here with most ops
 
-    def __init__(self, low: torch.dtype, masking: Masking | None = None) -> None:
+    def __init__(self, low: torch.dtype, masking: Masking | None = None, copying: bool = False) -> None:
         super().__init__()
         self._low, self._masking = low, masking or Masking(FORMATS["float64"])
         self.products: set[torch.dtype] = set()
         self.frames: list[Trace] = [Trace()]
         self.defects: dict[str, tuple[KnownDefect, float]] = {}
-        self._plans: dict[Any, tuple[Draw | None, bool, KnownDefect | None]] = {}
+        self.snapshots = Snapshots(copying)
+        self._plans: dict[Any, tuple[Draw | None, bool, KnownDefect | None, tuple[Place, ...]]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -244,8 +250,10 @@ class LowWatch(TorchDispatchMode):
         plan = self._plans.get(func)
         if plan is None:
             name = func._schema.name
-            plan = self._plans[func] = (draw_of(func), name in PRODUCTS, defect_of(name))
-        draw, product, defect = plan
+            plan = self._plans[func] = (draw_of(func), name in PRODUCTS, defect_of(name), written(func))
+        draw, product, defect, places = plan
+        if places:
+            self.snapshots.before(places, args, kwargs)
         if draw is not None:
             return draw(func, args, kwargs)
         if is_decision(func, args):

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from precision_runtime.casting import FLOATING
 from precision_runtime.formats import FORMATS
 from precision_runtime.record import Kind, Worst
 
@@ -61,12 +62,18 @@ class Judgement:
 
 @dataclass
 class Pair:
-    """One observed tensor beside its FP64 reference, both flat, with the elements that cannot be compared left out."""
+    """One observed tensor beside its FP64 reference, both flat, with the elements that cannot be compared left out.
+
+    Where all can be compared, the error is worked out when it is asked for: a pair for each result and each gradient
+    would keep three tensors in FP64 instead of one.
+    """
 
     tensor: str
-    observed: torch.Tensor  # float64, shape (n,)
+    observed: torch.Tensor  # as it came, shape (n,); float64 where elements are left out
     reference: torch.Tensor  # float64, shape (n,)
-    error: torch.Tensor  # float64, shape (n,), 0 where not comparable
+    settled: torch.Tensor | None  # float64, shape (n,): the error, 0 where not comparable; None where all are
+    rms_error: float
+    largest_error: float
     shape: torch.Size
     u: float
     step: float  # smallest subnormal that may be lost without a finding, 0 to demand full range
@@ -78,11 +85,14 @@ class Pair:
     gradient: bool = False
     dtype_normal: float = 0.0  # smallest normal value of the observed dtype; 0 where it was computed in FP64
     rms_reference: float = field(init=False, default=0.0)
-    rms_error: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         self.rms_reference = _rms(self.reference)
-        self.rms_error = _rms(self.error)
+
+    @property
+    def error(self) -> torch.Tensor:
+        """What is off, in FP64, shape (n,); 0 where not comparable."""
+        return self.observed - self.reference if self.settled is None else self.settled
 
     @property
     def smallest_normal(self) -> float:
@@ -123,14 +133,13 @@ class Pair:
         if self._flushed(rms_spread):
             return self._underflow(bool(samples))
         common = math.hypot(rms_spread, self.floor)
-        if self.error.numel() == 0 or self.rms_error == 0.0:
+        if self.reference.numel() == 0 or self.rms_error == 0.0:
             return Judgement(self.tensor, scale=self.rms_reference, bound=not samples)
         if common == 0.0:  # reference exactly 0, no spread: only an exact 0 is right
-            return self._result(
-                math.inf, math.inf, self.error.abs(), torch.zeros_like(self.error), bool(samples), locate
-            )
+            size = self.error.abs()
+            return self._result(math.inf, math.inf, size, torch.zeros_like(size), bool(samples), locate)
         excess = self.rms_error / common
-        tail = _largest(self.error) / (common + self.step)
+        tail = self.largest_error / (common + self.step)
         if quick and not samples and max(excess, tail / TAIL_RATIO) <= locate:  # passes even where the reference is 0
             return Judgement(self.tensor, excess, tail, None, None, self.rms_error, self.rms_reference, bound=True)
         allowed = self.reference.abs().mul_(self.u).add_(common + self.step)
@@ -170,7 +179,7 @@ class Pair:
         if excess > 1.0:
             flushed = (self.observed == 0) & (self.reference != 0)
             # Underflow: most of the error is values that became exactly zero.
-            if float(self.error[flushed].square().sum()) > 0.5 * float(self.error.square().sum()):
+            if float(size[flushed].square().sum()) > 0.5 * float(size.square().sum()):
                 kind = "underflow" if float(self.reference[flushed].abs().max()) < self.smallest_normal else None
         return Judgement(self.tensor, excess, tail, kind, worst, self.rms_error, self.rms_reference, bound=not sampled)
 
@@ -269,14 +278,16 @@ def pair(
         r, a = reference.reshape(-1), observed.reshape(-1)
         flips = int((a != r).sum())
         zero = torch.zeros((), dtype=torch.float64)
-        return Pair(name, a, r, zero.expand(r.shape), reference.shape, u, 0.0, decision=True, flips=flips)
+        return Pair(name, a, r, zero.expand(r.shape), 0.0, 0.0, reference.shape, u, 0.0, decision=True, flips=flips)
     form = FORMATS.get(str(observed.dtype).removeprefix("torch."))
     maximum = form.max if form is not None else math.inf
     normal = form.smallest_normal if form is not None and observed.dtype != torch.float64 else 0.0
     r = reference.detach().reshape(-1).to(torch.float64)
-    a = observed.detach().reshape(-1).to(torch.float64)
+    a = observed.detach().reshape(-1)
+    if a.dtype not in FLOATING:  # FP8 has no arithmetic
+        a = a.to(torch.float64)
     error = a - r
-    lost = None
+    settled = lost = None
     out_of_range = 0.0
     # One sum finds NaN and infinity; FP64 sums of what half formats hold do not overflow by themselves.
     if not math.isfinite(float(error.sum())) or (r.numel() and _largest(r) > min(maximum, SENTINEL)):
@@ -291,13 +302,14 @@ def pair(
             beyond &= gone & ~r_mask
             out_of_range = float(r[beyond].abs().max()) if bool(beyond.any()) else 0.0
         skip = r_mask | ~finite
-        error = torch.where(skip, torch.zeros_like(error), error)
+        error = settled = torch.where(skip, torch.zeros_like(error), error)
         r = torch.where(r_mask, torch.zeros_like(r), r)
         if lost is None:
             a = torch.where(skip, torch.zeros_like(a), a)
     return Pair(
-        name, a, r, error, reference.shape, u, step, lost, out_of_range, maximum, gradient=gradient, dtype_normal=normal
-    )
+        name, a, r, settled, _rms(error), _largest(error), reference.shape, u, step, lost, out_of_range, maximum,
+        gradient=gradient, dtype_normal=normal,
+    )  # fmt: skip
 
 
 def flatten_sample(sample: torch.Tensor, like: Pair) -> torch.Tensor | None:
@@ -336,6 +348,8 @@ def _spread(samples: Sequence[torch.Tensor], reference: torch.Tensor) -> tuple[t
 
 
 def _largest(t: torch.Tensor) -> float:
+    if t.numel() == 0:
+        return 0.0
     low, high = torch.aminmax(t)
     return max(-float(low), float(high))
 

@@ -154,6 +154,7 @@ class _Trial:
             self.args, self.kwargs = map_tensors(lambda t: t.to(strategy.device), (args, kwargs))
         self.remarks: list[Remark] = []
         self._masking = Masking(mode.format)
+        self._copying = False
         self._products = FORMATS[mode.products].unit_roundoff if mode.family == "tf32" else 0.0
 
     def report(self) -> Report:
@@ -258,17 +259,23 @@ class _Trial:
                 raise
             worlds.grad = True
             run = self._low_once(worlds)
+        if self._watch.snapshots.lost():  # code that shows no dispatch mode its ops (compiled) wrote to an input
+            self._copying = True
+            run = self._low_once(worlds)
         # Rows that were settled before it was known that none may be: once more, with none.
         return run if self._masking.spilt == spilt else self._low_once(worlds)
 
     def _low_once(self, worlds: Worlds) -> Run:
-        self._watch = LowWatch(getattr(torch, self.mode.compute), self._masking)
+        self._watch = LowWatch(getattr(torch, self.mode.compute), self._masking, self._copying)
         # An autocast around the audit is none of the mode's.
         plain = torch.autocast(self.strategy.device.type, enabled=False)
         with worlds.low(), plain, watching(self.mode) as self._shares, self._watch:
             reseed(self.seed)
             args, kwargs = cast_tree(clone((self.args, self.kwargs)), TO[getattr(torch, self.mode.params)])
-            recorder = Recorder(worlds.names, worlds, inputs=True, gradients=self.gradients, frames=self._watch.frames)
+            recorder = Recorder(
+                worlds.names, worlds, inputs=True, gradients=self.gradients, frames=self._watch.frames,
+                snapshots=self._watch.snapshots,
+            )  # fmt: skip
             return execute(
                 self.function, args, kwargs, recorder,
                 cotangent=loss_gradient(self.seed) if self.gradients else None,
@@ -300,7 +307,7 @@ class _Trial:
                 worlds.names, worlds, outputs=noise is None, gradients=self.gradients and noise is None,
                 perturb=noise, skip=skip, alike=self._alike,
                 marks=mode.marks if noise else None, twins=self._calls if noise else (), scale=self._scale,
-                exchange=exchange,
+                exchange=exchange, snapshots=mode.snapshots,
             )  # fmt: skip
             plain = loss_gradient(self.seed)
 

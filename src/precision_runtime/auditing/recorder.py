@@ -13,14 +13,15 @@ from precision_runtime import operands
 from precision_runtime.auditing.dispatch import Trace
 from precision_runtime.auditing.noise import Noise
 from precision_runtime.auditing.randomness import RandomState
+from precision_runtime.auditing.snapshots import Snapshots
 from precision_runtime.auditing.unseen import unseen
-from precision_runtime.auditing.worlds import Worlds, clone
+from precision_runtime.auditing.worlds import Worlds
 from precision_runtime.tree import leaves, map_tensors
 
 
 @dataclass(eq=False)
 class Call:
-    """One call of one module. Tensors are detached copies; gradients are those of this call alone."""
+    """One call of one module. Tensors are detached snapshots; gradients are those of this call alone."""
 
     name: str
     module: nn.Module
@@ -71,6 +72,7 @@ class Recorder:
     ``marks`` is the stack of a ``TrueDouble``, filled from the decisions of ``twins``, the low-precision run's calls.
     ``frames`` is the stack of a ``LowWatch``, which notes there what the ops of the open call do.
     ``exchange`` is asked at each border, and then neither results nor gradients are kept.
+    ``snapshots`` are those of the dispatch mode that the run is under; without them all that is kept is copied.
     Layers that round the operands of their products to a grid of their own (``operands``) are listened to with
     ``inputs``; with ``perturb`` the operands are moved as far in either direction, as the ``twins`` say.
     """
@@ -80,8 +82,9 @@ class Recorder:
         gradients: bool = False, perturb: Noise | None = None, skip: nn.Module | None = None,
         frames: list[Trace] | None = None, alike: frozenset[str] = frozenset(),
         marks: list[Iterator[bool]] | None = None, twins: Sequence[Call] = (), scale: float = 1.0,
-        exchange: Exchange | None = None,
+        exchange: Exchange | None = None, snapshots: Snapshots | None = None,
     ) -> None:  # fmt: skip
+        self.snapshots = snapshots or Snapshots(copying=True)
         self._exchange = exchange
         self.scale = scale  # of the loss in the run of the twins
         self.modules, self.worlds = modules, worlds
@@ -101,7 +104,6 @@ class Recorder:
         self._counts: dict[int, int] = {}
         self._ends = 0
         self._listening: Any = None
-        self._versions: list[tuple[Call, list[int]]] = []
         self._handles: list[Any] = []
         self._names = {id(m): n for n, m in modules.items()}
         self._parts = {id(m): list(m.modules()) for m in modules.values()} if inputs else {}
@@ -174,7 +176,7 @@ class Recorder:
         if not any(t.is_floating_point() or t.is_complex() for t in given):
             call.anchors = [t.detach().clone() for t in given]
         if self.inputs:
-            call.args, call.kwargs = clone((args, kwargs))
+            call.args, call.kwargs = map_tensors(self._keep, (args, kwargs))
             call.rng = RandomState.capture()
             call.state = self.worlds.changed_state(self._parts[id(module)])
         if self.gradients and torch.is_grad_enabled():
@@ -241,20 +243,21 @@ class Recorder:
             if t.requires_grad and t.numel() == moved.numel():
                 t.register_hook(lambda grad: noise.within(grad, moved))
 
+    def _keep(self, t: torch.Tensor) -> torch.Tensor:
+        # What is put back after the run is written to then.
+        return t.detach().clone() if self.worlds.is_state(t) else self.snapshots.take(t)
+
     def _results(self, call: Call, output: Any) -> list[tuple[str, torch.Tensor]]:
-        found = [(path, t.detach()) for path, t in leaves(output)]
-        if self.inputs or any(t.is_inference() or self.worlds.is_state(t) for _, t in found):
-            return [(path, t.clone()) for path, t in found]  # the judged run, and what is written to behind its back
-        self._versions.append((call, [t._version for _, t in found]))
-        return found
+        return [(path, self._keep(t)) for path, t in leaves(output)]
 
     def _drop_overwritten(self) -> None:
-        """Forget results that were written to after their call: copying all of them beforehand costs more.
+        """Forget results that something unseen wrote to after their call.
 
         A call without results here has no twin, and is judged by a replay of its own.
         """
-        for call, version in self._versions:
-            if [t._version for _, t in call.outputs] != version:
+        lost = self.snapshots.lost()
+        for call in self.calls if lost else ():
+            if any(id(t) in lost for _, t in call.outputs):
                 call.outputs = []
 
     @staticmethod
@@ -297,7 +300,8 @@ class Recorder:
                     self.second_order = True
                 if self._exchange is not None:
                     return self._exchange.arrive(call, path, grad, inside)
-                grads[path] = grad.detach().clone()
+                with unseen(grad):
+                    grads[path] = self.snapshots.take(grad)
                 return None
 
             own.register_hook(keep)

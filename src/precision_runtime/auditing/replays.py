@@ -67,7 +67,7 @@ class Replays:
                 call.rng.restore()
                 args, kwargs = widen_tree((call.args, call.kwargs))
                 backward = gradients and bool(call.output_grads)
-                recorder = Recorder(self._parts(call), self.worlds, gradients=backward)
+                recorder = Recorder(self._parts(call), self.worlds, gradients=backward, snapshots=mode.snapshots)
                 run = execute(
                     call.module, args, kwargs, recorder,
                     cotangent=self._incoming(call) if backward else None, parameters=call.module.parameters(),
