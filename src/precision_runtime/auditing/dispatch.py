@@ -19,8 +19,9 @@ from precision_runtime.auditing.defects import KnownDefect, defect_of
 from precision_runtime.auditing.masking import MASKED, Masking
 from precision_runtime.auditing.noise import Noise, is_count
 from precision_runtime.auditing.randomness import Draw, draw_of
-from precision_runtime.auditing.snapshots import Place, Snapshots, written
+from precision_runtime.auditing.snapshots import Snapshots
 from precision_runtime.auditing.unseen import made_of_others
+from precision_runtime.auditing.writes import Places, places_written
 from precision_runtime.formats import FORMATS
 from precision_runtime.tf32 import rounded_operands
 
@@ -122,7 +123,7 @@ class TrueDouble(TorchDispatchMode):
         self.marks: list[Iterator[bool]] = [iter(marks)]
         self._noise = noise
         self.snapshots = Snapshots()
-        self._plans: dict[Any, tuple[Draw | None, bool, tuple[Place, ...]]] = {}
+        self._plans: dict[Any, tuple[Draw | None, bool, Places]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -133,7 +134,7 @@ class TrueDouble(TorchDispatchMode):
         plan = self._plans.get(func)
         if plan is None:
             aliases = any(a.alias_info is not None for a in func._schema.arguments)
-            plan = self._plans[func] = (draw_of(func), aliases, written(func))
+            plan = self._plans[func] = (draw_of(func), aliases, places_written(func))
         draw, aliases, places = plan
         writes = bool(places)
         if writes:
@@ -239,7 +240,7 @@ class LowWatch(TorchDispatchMode):
         self.frames: list[Trace] = [Trace()]
         self.defects: dict[str, tuple[KnownDefect, float]] = {}
         self.snapshots = Snapshots(copying)
-        self._plans: dict[Any, tuple[Draw | None, bool, KnownDefect | None, tuple[Place, ...]]] = {}
+        self._plans: dict[Any, tuple[Draw | None, bool, KnownDefect | None, Places]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -250,7 +251,7 @@ class LowWatch(TorchDispatchMode):
         plan = self._plans.get(func)
         if plan is None:
             name = func._schema.name
-            plan = self._plans[func] = (draw_of(func), name in PRODUCTS, defect_of(name), written(func))
+            plan = self._plans[func] = (draw_of(func), name in PRODUCTS, defect_of(name), places_written(func))
         draw, product, defect, places = plan
         if places:
             self.snapshots.before(places, args, kwargs)

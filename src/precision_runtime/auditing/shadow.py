@@ -10,6 +10,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from precision_runtime.auditing.dispatch import WIDE
+from precision_runtime.auditing.writes import places_written, values_at
 
 _PURGE = 512  # shadows put between two searches for those whose storage is gone
 _DOUBLES = (torch.float64, torch.complex128)
@@ -83,12 +84,8 @@ def map_operands(
 
 def written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
     """The floating tensors among the arguments that the op writes to."""
-    found: list[torch.Tensor] = []
-    for i, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[i] if i < len(args) else kwargs.get(argument.name)
-            found += [t for t in tensors_of(value) if t.is_floating_point() or t.is_complex()]
-    return found
+    values = values_at(places_written(func), args, kwargs)
+    return [t for value in values for t in tensors_of(value) if t.is_floating_point() or t.is_complex()]
 
 
 def relative(low: torch.Tensor, exact: torch.Tensor) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-Place = int | str  # an argument by position, or by keyword
+from precision_runtime.auditing.writes import Places, values_at
 
 
 class Snapshots:
@@ -33,10 +33,9 @@ class Snapshots:
         self._shared.setdefault(own.untyped_storage()._cdata, []).append((own, own._version))
         return own
 
-    def before(self, places: Sequence[Place], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def before(self, places: Places, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """An op is about to write to these of its arguments: snapshots of them get memory of their own."""
-        for place in places:
-            value = kwargs.get(place) if isinstance(place, str) else args[place] if place < len(args) else None
+        for value in values_at(places, args, kwargs):
             for t in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(t, torch.Tensor) and _has_storage(t):
                     for own, _ in self._shared.pop(t.untyped_storage()._cdata, ()):
@@ -46,15 +45,6 @@ class Snapshots:
     def lost(self) -> set[int]:
         """The ids of snapshots that were written to by what was not announced."""
         return {id(own) for held in self._shared.values() for own, version in held if own._version != version}
-
-
-def written(func: Any) -> tuple[Place, ...]:
-    """The arguments that an op writes to, by its schema."""
-    return tuple(
-        argument.name if argument.kwarg_only else place
-        for place, argument in enumerate(func._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    )
 
 
 def _has_storage(t: torch.Tensor) -> bool:

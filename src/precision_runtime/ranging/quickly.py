@@ -8,9 +8,9 @@ from typing import Any
 from precision_runtime.accelerators import resolve
 from precision_runtime.auditing.discover import name_of
 from precision_runtime.auditing.originals import Originals
-from precision_runtime.auditing.procedure import _Trial
 from precision_runtime.auditing.randomness import seeded
 from precision_runtime.auditing.references import References
+from precision_runtime.auditing.trial import Trial
 from precision_runtime.automatic import placed
 from precision_runtime.capability import support
 from precision_runtime.errors import UnsupportedError
@@ -43,13 +43,13 @@ def verdict(
         raise UnsupportedError(f"{parsed} on {lane.accelerator} cannot be audited here: {lane.reason}")
     place = placed(parsed, lane.accelerator)
     return run_trial(
-        _Trial, function, args, kwargs, place.mode, place.mode, lane.accelerator, lane.status, gradients, budget, seed,
+        Trial, function, args, kwargs, place.mode, place.mode, lane.accelerator, lane.status, gradients, budget, seed,
         originals, references, name, options,
     )  # fmt: skip
 
 
 def run_trial(
-    trial: type[_Trial], function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], mode: Mode,
+    trial: type[Trial], function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], mode: Mode,
     carrier: Mode, accelerator: str, status: str, gradients: bool, budget: float, seed: int,
     originals: Originals | None, references: References | None, name: str | None, options: Options | None = None,
 ) -> Report:  # fmt: skip
