@@ -5,9 +5,9 @@
 
 The files are what ``benchmarks/zoo.py --json`` wrote. ``--again`` names later runs of some models of a sweep, made
 after a false finding was cured: they stand beside the sweep's rows and replace none. A cause claims findings by model
-and mode (``rows``: globs of "model mode") and, where it says so, by kind, module (globs) and direction. What a claimed
-finding takes
-along (a module around it, or the whole) belongs to it; what nobody claims is unread, and the page says so.
+and mode (``rows``: globs of "model mode") and, where it says so, by kind, module (globs), direction and sweep (globs).
+What a claimed finding takes along (a module around it, or the whole) belongs to it; what nobody claims is unread, and
+the page says so.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Cause:
     kinds: list[str] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
     where: str = ""
+    sweeps: list[str] = field(default_factory=list)
 
     def claims(self, row: Row, finding: Sequence[Any]) -> bool:
         """Whether this is the cause of a finding of a row."""
@@ -54,6 +55,7 @@ class Cause:
             and (not self.kinds or finding[1] in self.kinds)
             and (not self.modules or any(fnmatchcase(finding[0], pattern) for pattern in self.modules))
             and self.where in ("", finding[2])
+            and (not self.sweeps or any(fnmatchcase(row["sweep"], pattern) for pattern in self.sweeps))
         )
 
 
@@ -86,7 +88,7 @@ def main() -> int:
 def named(text: str) -> tuple[str, list[Row]]:
     """Read ``NAME=FILE``."""
     name, _, path = text.partition("=")
-    return name, json.loads(Path(path).read_text(encoding="utf-8"))
+    return name, [row | {"sweep": name} for row in json.loads(Path(path).read_text(encoding="utf-8"))]
 
 
 def read_causes(path: Path) -> list[Cause]:

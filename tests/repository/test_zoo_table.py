@@ -41,6 +41,13 @@ def test_findings_are_claimed_go_along_or_are_unread(table: Any) -> None:
     assert table.sort_out(row("bf16-true", inner), [cause]) == ({}, [0])
 
 
+def test_a_cause_of_one_sweep_claims_nothing_in_another(table: Any) -> None:
+    cause = table.Cause("Why", "true", "Because.", ["net *"], sweeps=["*-plain"])
+    flagged = row("16-true", finding("a", "range"))
+    assert table.sort_out(flagged | {"sweep": "short-plain"}, [cause])[1] == []
+    assert table.sort_out(flagged | {"sweep": "short-trained"}, [cause])[1] == [0]
+
+
 def test_the_page_is_written_between_its_marks_and_unread_findings_fail(
     table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
