@@ -60,12 +60,34 @@ def findings_of(
                     )
                 )
     named = _one_per_module(findings)
-    if search is not None:
-        # A buffer's cast has been proven already, by the call with that buffer alone as it was.
-        guilty = [(f, v) for f, v in named if not v.consequence and f.kind != "cast"][:SEARCHED]
-        found = {id(f): search(v) for f, v in guilty}
-        return [_with_op(f, found.get(id(f))) for f, _ in named], remarks
-    return [f for f, _ in named], remarks
+    if search is None:
+        return [f for f, _ in named], remarks
+    # A buffer's cast has been proven already, by the call with that buffer alone as it was.
+    guilty = [(f, v) for f, v in named if not v.consequence and f.kind != "cast"][:SEARCHED]
+    found = {id(f): search(v) for f, v in guilty}
+    kept: list[Finding] = []
+    for finding, verdict in named:
+        blame = found.get(id(finding))
+        if finding.kind == "amplification" and _is_spread(finding, verdict, blame, kept):
+            remarks.append(
+                Remark(
+                    "ill-conditioned",
+                    f"the result moves {finding.excess:.0f} times as much as its operands' rounding; no part of it "
+                    "explains that, so no FP32 island but most of it changes it",
+                    finding.module,
+                )
+            )
+        else:
+            kept.append(_with_op(finding, blame))
+    return kept, remarks
+
+
+def _is_spread(finding: Finding, verdict: Verdict, blame: Blame | None, kept: list[Finding]) -> bool:
+    """Whether a function is steep as a whole, or only because a part of it is that stands in no finding any more."""
+    if blame is not None:
+        return blame.spread
+    around = f"{finding.module}." if finding.module else ""
+    return verdict.consequence and not any(k.where == "forward" and k.module.startswith(around) for k in kept)
 
 
 def _with_op(finding: Finding, blame: Blame | None) -> Finding:

@@ -123,6 +123,7 @@ class TrueDouble(TorchDispatchMode):
         self.marks: list[Iterator[bool]] = [iter(marks)]
         self._noise = noise
         self.snapshots = Snapshots()
+        self.seen: Callable[[Sequence[Any]], None] | None = None  # told what each op is given
         self._plans: dict[Any, tuple[Draw | None, bool, Places]] = {}
 
     def __torch_dispatch__(
@@ -137,6 +138,8 @@ class TrueDouble(TorchDispatchMode):
             plan = self._plans[func] = (draw_of(func), aliases, places_written(func))
         draw, aliases, places = plan
         writes = bool(places)
+        if self.seen is not None:
+            self.seen(args)
         if writes:
             self.snapshots.before(places, args, kwargs)
         dtype = kwargs.get("dtype")

@@ -28,6 +28,8 @@ from precision_runtime.record import Kind, Worst
 # A maximum over many elements of a ratio whose rms is about 1 reaches 4 to 5 in healthy calls (36,000 measured module
 # calls: at most 4.3 where the excess is at most 1.1), so the tail is cut at four times the limit of the excess.
 TAIL_RATIO = 4.0
+# Perturbed runs from which on one of them can be held against the others.
+MANY = 16
 # A reference this large is no number that anybody computed: it is finfo(float64).min or the like, used as a mask.
 SENTINEL = 1e200
 # An element of a decision tensor (indices, bools) may flip this often by chance before the count means anything.
@@ -147,7 +149,22 @@ class Pair:
             allowed += spread
         size = self.error.abs()
         tail = float((size / allowed).max())
+        if excess <= locate < tail / TAIL_RATIO and len(samples) >= MANY:
+            tail /= max(1.0, self._tail_by_chance(samples, common) / TAIL_RATIO)
         return self._result(excess, tail, size, allowed, bool(samples), locate)
+
+    def _tail_by_chance(self, samples: Sequence[torch.Tensor], common: float) -> float:
+        """The largest tail of a perturbed run beside the others: the kink of a ReLU moves few elements, but far."""
+        squares = torch.zeros_like(self.reference)
+        for sample in samples:
+            squares.addcmul_(sample - self.reference, sample - self.reference)
+        plain = self.reference.abs().mul_(self.u).add_(common + self.step)
+        largest = 0.0
+        for sample in samples:
+            moved = (sample - self.reference).abs_()
+            others = (squares - moved.square()).clamp_(min=0.0).div_(len(samples) - 1).sqrt_()
+            largest = max(largest, float((moved / others.add_(plain)).nan_to_num_(0.0, 0.0, 0.0).max()))
+        return largest
 
     def spread(self, samples: Sequence[torch.Tensor]) -> float:
         """The rms distance of perturbed references from the reference."""

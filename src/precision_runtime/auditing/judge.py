@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -26,6 +26,7 @@ from precision_runtime.auditing.replays import Replays, Yardstick
 from precision_runtime.auditing.replicas import FEW, Replicas, replicated
 from precision_runtime.auditing.runs import Run
 from precision_runtime.auditing.sheet import WIDE, Sheet, Site, Verdict, input_name, values
+from precision_runtime.auditing.uses import Place
 from precision_runtime.auditing.worlds import Worlds
 
 # Perturbed runs: one where the answer is clear (the rms over many elements is as good from one run as from many), more
@@ -68,11 +69,14 @@ def without_norms(entry: Pair, bare: Judgement) -> float:
 class Judge:
     """Walks the calls of a low-precision run and collects verdicts (see the module's docstring)."""
 
-    def __init__(self, worlds: Worlds, low: Run, yardstick: Yardstick, true_grads: dict[int, torch.Tensor]) -> None:
+    def __init__(
+        self, worlds: Worlds, low: Run, yardstick: Yardstick, true_grads: dict[int, torch.Tensor],
+        uses: Mapping[int, Collection[Place]],
+    ) -> None:  # fmt: skip
         self.worlds, self.low, self.yardstick = worlds, low, yardstick
         self.verdicts: list[Verdict] = []
         self.remarks: dict[tuple[str, str], str] = {}
-        self.replays = Replays(worlds, low, yardstick)
+        self.replays = Replays(worlds, low, yardstick, uses)
         self._flipped: set[int] = set()  # calls, by id, with a decision that fell otherwise than in FP64
         self.cover: Call | None = None  # the call that is the whole function
         self.true_grads = true_grads  # of the whole reference, by id of the low run's parameter
@@ -223,6 +227,10 @@ class Judge:
         judged.update(sheet.only(open_).judge(self.yardstick.limit, samples, wide))
         for site in self._exact_zeros(sheet.only(s for s in open_ if s[0] == "backward"), sample):
             del judged[site]
+        for site in [s for s in open_ if s in judged and judged[s].bound and not judged[s].settled]:
+            del judged[site]
+            text = f"{site[1]}: every run on disturbed operands gives NaN; not judged"
+            self.remarks.setdefault(("", f"sample {site}"), text)
 
     def _exact_zeros(self, sheet: Sheet, sample: Sampler) -> set[Site]:
         """The gradients that only FP64's own rounding keeps from being 0: there is nothing to be right about.

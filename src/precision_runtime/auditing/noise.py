@@ -126,7 +126,14 @@ class Noise:
 
     def inputs(self, value: Any, exact: Exact) -> Any:
         """Disturb inputs: all but those that the mode does not round (``exact``) and counts (``EXACT_INTEGERS``)."""
-        return map_tensors(lambda t: t if is_count(t) or exact.holds(t) else self.rounded(t), value)
+        return map_tensors(lambda t: t if is_count(t) or exact.holds(t) else self.result(t), value)
+
+    def result(self, t: torch.Tensor) -> torch.Tensor:
+        """Disturb what a module gave, or is given: as ``rounded``, but a tensor of flags stays what it is.
+
+        Every format holds 0 and 1, and code that multiplies a flag by a mask's constant makes infinity of 1 + u.
+        """
+        return t if is_flag(t) else self.rounded(t)
 
     def parameters(
         self, true: Mapping[int, torch.Tensor], used: set[int], moved: Mapping[int, torch.Tensor]
@@ -171,3 +178,15 @@ def is_count(t: torch.Tensor) -> bool:
     if not t.is_floating_point() or t.numel() == 0:
         return False
     return bool(float(t.abs().max()) > EXACT_INTEGERS) and bool((t == t.round()).all())
+
+
+_PEEK = 16  # most tensors show within so many elements that they hold no flags
+
+
+def is_flag(t: torch.Tensor) -> bool:
+    """Whether a floating tensor holds zeros and ones only, and both of them or more than one."""
+    if not t.is_floating_point() or t.numel() < 2 or t.layout is not torch.strided or t.is_nested:
+        return False
+    with torch._C._DisableTorchDispatch():
+        plain = t.detach().reshape(-1)
+        return all(bool(((part == 0) | (part == 1)).all()) for part in (plain[:_PEEK], plain))

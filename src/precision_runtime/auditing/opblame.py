@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from precision_runtime.auditing.dispatch import PRODUCTS
 from precision_runtime.auditing.failing import first_line
 from precision_runtime.auditing.following import Event, Following
 from precision_runtime.auditing.observer import Site
@@ -35,6 +36,8 @@ from precision_runtime.record import Kind, bits, lost_bits
 FALL = 4.0
 # The same line of code that runs so often, each result rounded, is an accumulation.
 MANY = 16
+# A function with more matrix products and convolutions than this is a model: keeping most of them in FP32 is no island.
+MODEL = 8
 # Ops that amplify what the cause lost, tried one after the other: x - mean(x) amplifies, too, and is right.
 AMPLIFIERS = 4
 _CASTS = frozenset(
@@ -52,6 +55,7 @@ class Blame:
     did: str = ""
     proof: str = ""
     proven: bool = False
+    spread: bool = False  # no part of the call explains it, only most of the products that a model makes
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,14 @@ class _Search:
                 else "no single op explains it, the formula as a whole does"
             )
             proof = f"the proof fails: with {who} alone in FP64 the loss goes {fell}; {why}"
-        return Blame(public_name(op), event.step.site.line, candidate.kind, candidate.did, proof, proven)
+        explained = proven and 2.0 * self.without(candidate) <= self.before  # what falls from 26 to 23 is elsewhere
+        spread = self._spread(sites if explained else None)
+        return Blame(public_name(op), event.step.site.line, candidate.kind, candidate.did, proof, proven, spread)
+
+    def _spread(self, sites: tuple[Site, ...] | None) -> bool:
+        """Whether these sites (None: there are none that explain the failure) are most of a model's work."""
+        products = [e.step.site in (sites or ()) for e in self.events.values() if e.step.name in PRODUCTS]
+        return len(products) > MODEL and (sites is None or 2 * sum(products) > len(products))
 
     # -- by effect --------------------------------------------------------------------------------------------------
 

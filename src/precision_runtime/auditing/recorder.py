@@ -148,6 +148,11 @@ class Recorder:
             self._listening.__exit__(None, None, None)
         self._drop_overwritten()
 
+    @property
+    def innermost(self) -> Call | None:
+        """The call that is open and has no open call inside it."""
+        return self._open[-1] if self._open else None
+
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with unseen(args, kwargs):
             return self._before(module, args, kwargs)
@@ -272,7 +277,7 @@ class Recorder:
         noise = self.perturb.fixed(name) if name in self.alike else self.perturb
 
         def disturb(t: torch.Tensor) -> torch.Tensor:
-            new = noise.rounded(t)
+            new = noise.result(t)
             if new is not t and new.requires_grad:
                 new.register_hook(noise)
             return new

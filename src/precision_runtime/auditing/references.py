@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from precision_runtime.auditing.runs import Run
+from precision_runtime.auditing.uses import Place
 from precision_runtime.tree import leaves
 
 
@@ -25,6 +26,7 @@ class Reference:
     run: Run
     parameter_grads: dict[str, torch.Tensor]  # by name: parameter objects differ from lane to lane
     fallbacks: frozenset[str] = frozenset()
+    uses: dict[str, frozenset[Place]] = field(default_factory=dict)  # of the parameters, by name
     samples: dict[Hashable, list[Sample]] = field(default_factory=dict)
 
 

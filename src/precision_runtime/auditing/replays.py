@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from precision_runtime.auditing.recurrent import noisy_states
 from precision_runtime.auditing.references import Sample
 from precision_runtime.auditing.runs import Run, execute
 from precision_runtime.auditing.sheet import sample_of
+from precision_runtime.auditing.uses import Place, used_elsewhere
 from precision_runtime.auditing.worlds import Worlds, widen, widen_tree
 from precision_runtime.tree import map_tensors
 
@@ -47,11 +48,11 @@ class Yardstick:
 class Replays:
     """Makes replays of the calls of one low-precision run; ``failed`` says which could not be made, and why."""
 
-    def __init__(self, worlds: Worlds, low: Run, yardstick: Yardstick) -> None:
+    def __init__(self, worlds: Worlds, low: Run, yardstick: Yardstick, uses: Mapping[int, Collection[Place]]) -> None:
         self.worlds, self.low, self.yardstick = worlds, low, yardstick
         self.fallbacks: set[str] = set()
         self.failed: dict[str, str] = {}
-        self.owned = _single_use_parameters(worlds, low)  # {id(call): {id(parameter): name}}
+        self.owned = _single_use_parameters(worlds, low, uses)  # {id(call): {id(parameter): name}}
 
     def true(
         self, call: Call, buffers: dict[tuple[int, str], torch.Tensor] | None = None, gradients: bool = True
@@ -147,8 +148,13 @@ class Replays:
         return {n: m for n, m in self.worlds.names.items() if id(m) in inside}
 
 
-def _single_use_parameters(worlds: Worlds, low: Run) -> dict[int, dict[int, str]]:
-    """Parameters by the one call that uses them: {id(call): {id(parameter): name}}. Tied ones are left out."""
+def _single_use_parameters(
+    worlds: Worlds, low: Run, uses: Mapping[int, Collection[Place]]
+) -> dict[int, dict[int, str]]:
+    """Parameters by the one call that uses them: {id(call): {id(parameter): name}}.
+
+    Tied ones are left out, and those that code beside the call uses (``uses``), too.
+    """
     calls: dict[int, list[Call]] = {}
     for call in low.calls:
         calls.setdefault(id(call.module), []).append(call)
@@ -171,7 +177,7 @@ def _single_use_parameters(worlds: Worlds, low: Run) -> dict[int, dict[int, str]
                 where[id(p)] = users[0]
     out: dict[int, dict[int, str]] = {}
     for key, ids in owners.items():
-        if len(ids) == 1 and key in where:
+        if len(ids) == 1 and key in where and not used_elsewhere(where[key], uses.get(key, ())):
             out.setdefault(id(where[key]), {})[key] = names[key]
     return out
 

@@ -24,6 +24,7 @@ from precision_runtime.auditing.recurrent import noisy_states
 from precision_runtime.auditing.references import References
 from precision_runtime.auditing.runs import Run, execute, loss_gradient
 from precision_runtime.auditing.storage import watching
+from precision_runtime.auditing.uses import Uses
 from precision_runtime.auditing.worlds import Worlds, clone, widen_tree
 from precision_runtime.casting import TO, cast_module, cast_tree
 from precision_runtime.formats import FORMATS
@@ -143,6 +144,9 @@ class Runs:
                 marks=mode.marks if noise else None, twins=self._calls if noise else (), scale=self._scale,
                 exchange=exchange, snapshots=mode.snapshots,
             )  # fmt: skip
+            uses = Uses(self._parameters.values(), recorder)
+            if noise is None and exchange is None and self.gradients:
+                mode.seen = uses.note
             plain = loss_gradient(self.seed)
 
             def incoming(path: str, output: torch.Tensor) -> torch.Tensor | None:
@@ -155,6 +159,7 @@ class Runs:
                     cotangent=incoming if self.gradients else None,
                     parameters=self._parameters.values(),
                 )  # fmt: skip
+        run.uses = uses.found
         return run, mode
 
     def _u_of(self, call: Call | None, where: str = "forward") -> float:

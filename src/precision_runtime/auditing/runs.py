@@ -29,6 +29,7 @@ class Run:
     differentiable: bool = False
     recomputed: frozenset[str] = frozenset()  # modules that ran again during backward
     leaky: frozenset[str] = frozenset()  # modules whose earlier calls get a gradient through a cache
+    uses: dict[int, set[tuple[str, int] | None]] = field(default_factory=dict)  # calls by the parameter that they read
     second_order: bool = False  # the code differentiates by itself: borders see gradients of two orders
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -64,10 +65,11 @@ class Sheet:
 
 
 def values(samples: Sequence[Sample], site: Site, entry: Pair) -> list[torch.Tensor]:
-    """What perturbed runs have at a site, flat; runs whose shape came out otherwise are left out."""
+    """What perturbed runs have at a site, flat; runs whose shape came out otherwise, or NaN, are left out."""
     found = [getattr(s, site[0]).get(site[1]) for s in samples]
     flat = [flatten_sample(t, entry) for t in found if t is not None]
-    return [f for f in flat if f is not None]
+    masked = entry.settled is not None  # places that are not compared may hold anything
+    return [f for f in flat if f is not None and (masked or not math.isnan(float(f.sum())))]
 
 
 def sample_of(run: Run, names: dict[int, str]) -> Sample:

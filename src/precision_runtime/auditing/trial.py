@@ -25,6 +25,7 @@ from precision_runtime.auditing.running import Runs
 from precision_runtime.auditing.runs import Run, execute
 from precision_runtime.auditing.sheet import Sheet, input_name, sample_of
 from precision_runtime.auditing.storage import output_loss, rounded_layers, stored_layers
+from precision_runtime.auditing.uses import by_name
 from precision_runtime.auditing.worlds import Worlds, widen_tree
 from precision_runtime.errors import AuditError
 from precision_runtime.record import Finding, Remark, Report
@@ -135,6 +136,7 @@ class Trial(Runs):
             self.name, self.seed, self.gradients, list(leaves(inputs)), list(worlds.true_parameters.values()),
             list(worlds.true_buffers.values()), run,
             {names[k]: g for k, g in run.parameter_grads.items() if k in names}, frozenset(mode.fallbacks),
+            by_name(run.uses, names),
         )  # fmt: skip
         self.references.keep(entry)
         return entry
@@ -160,7 +162,8 @@ class Trial(Runs):
         )
         names = _parameter_names(worlds)
         true_grads = {k: reference.parameter_grads[n] for k, n in names.items() if n in reference.parameter_grads}
-        judge = Judge(worlds, low, yardstick, true_grads)
+        uses = {key: reference.uses[name] for key, name in names.items() if name in reference.uses}
+        judge = Judge(worlds, low, yardstick, true_grads, uses)
         sheet = self._sheet(low, reference.run, true_grads, names)
         forward_u = self._u_of(None)
 
@@ -234,7 +237,7 @@ class Trial(Runs):
         finally:
             self.args, self.kwargs, self._watch, self._shares = before
         sheet = self._sheet(low, run, run.parameter_grads, _parameter_names(worlds))
-        return Again(Judge(worlds, low, yardstick, run.parameter_grads), sheet, worlds, true_p, low_p)
+        return Again(Judge(worlds, low, yardstick, run.parameter_grads, run.uses), sheet, worlds, true_p, low_p)
 
     def _not_applied(self, low: Run) -> list[Finding]:
         if not self.mode.low or not self._watch.products:
