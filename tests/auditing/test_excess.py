@@ -254,3 +254,26 @@ def test_the_worst_element_is_the_one_furthest_beyond_what_is_allowed() -> None:
     assert worst is not None
     assert (worst.index, worst.value, worst.reference) == ((2, 1), 11.0, 10.0)
     assert made(observed, reference).judge(locate=math.inf).worst is None
+
+
+def test_a_tail_that_perturbed_runs_have_by_chance_is_none() -> None:
+    """The kink of a ReLU: each run changes a few elements by much, and hardly ever the same ones."""
+    n, u = 10_000, 2.0**-11
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(n, generator=generator, dtype=torch.float64)
+
+    def run(far: int | None) -> torch.Tensor:
+        moved = reference * u * (2 * torch.rand(n, generator=generator, dtype=torch.float64) - 1)
+        if far is not None:
+            moved[far] = 0.1
+        return reference + moved
+
+    observed = run(7)
+    with_kinks = pair("y", observed, reference, u)
+    assert isinstance(with_kinks, Pair)
+    smooth = with_kinks.judge([run(None) for _ in range(16)], locate=4.0)
+    kinked = with_kinks.judge([run(100 * i) for i in range(16)], locate=4.0)
+    same_place = with_kinks.judge([run(100) for _ in range(16)], locate=4.0)  # that place moves, and no other one
+    assert smooth.tail > 20 * TAIL_RATIO
+    assert kinked.tail <= TAIL_RATIO * 1.1
+    assert same_place.tail > 20 * TAIL_RATIO / 2

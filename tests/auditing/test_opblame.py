@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 from precision_runtime import audit
-from precision_runtime.auditing import opblame, procedure
+from precision_runtime.auditing import opblame, trial
 from precision_runtime.auditing.opblame import Blame, public_name
 from precision_runtime.auditing.proof import Stage
 from precision_runtime.auditing.sheet import Verdict
@@ -263,7 +263,7 @@ def blame(asked: list[Verdict], verdict: Verdict) -> Blame:
 
 def test_only_what_failed_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Verdict] = []
-    monkeypatch.setattr(procedure, "blame_op", lambda _, verdict: blame(asked, verdict))
+    monkeypatch.setattr(trial, "blame_op", lambda _, verdict: blame(asked, verdict))
     net = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
     assert audit(net, torch.randn(8, 16), mode="bf16-true").ok
     assert asked == []
@@ -273,7 +273,7 @@ def test_only_what_failed_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_same_defect_in_many_layers_is_searched_for_in_the_first_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Verdict] = []
-    monkeypatch.setattr(procedure, "blame_op", lambda _, verdict: blame(asked, verdict))
+    monkeypatch.setattr(trial, "blame_op", lambda _, verdict: blame(asked, verdict))
 
     class Residual(Variance):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -307,7 +307,7 @@ def test_everything_is_put_back_also_when_the_search_raises(monkeypatch: pytest.
         finally:
             searching.clear()
 
-    monkeypatch.setattr(procedure, "blame_op", blame_op)
+    monkeypatch.setattr(trial, "blame_op", blame_op)
     module = nn.Sequential(Moody(False), nn.Identity())
     default, autocast = torch.get_default_dtype(), torch.is_autocast_enabled("cpu")
     report = audit(module, torch.randn(8, 16), mode="bf16-true", gradients=False)

@@ -191,7 +191,7 @@ def test_160_honest_steps_are_no_finding(kind: type[nn.RNNBase], gate: float, mo
 
 def test_without_noise_on_the_state_they_would_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = remembers(nn.LSTM, 6.0)
-    for module in ("replays", "procedure"):
+    for module in ("replays", "running"):
         monkeypatch.setattr(f"precision_runtime.auditing.{module}.noisy_states", lambda *_: nullcontext())
     assert audit(layer, torch.randn(1, 160, 8), mode="16-true", gradients=False).excess > 4
 

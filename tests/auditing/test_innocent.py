@@ -1,0 +1,148 @@
+"""What the audit was wrong about once, in models that nobody calls wrong, as small as it shows; and guilty twins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from precision_runtime import audit
+
+
+def inputs(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+class Layer(nn.Module):
+    """Moves a little more than what it is given moves; or very much more, by one part."""
+
+    def __init__(self, steep: bool = False) -> None:
+        super().__init__()
+        self.linear, self.steep = nn.Linear(64, 64), steep
+        nn.init.orthogonal_(self.linear.weight, gain=1.9)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape (n, 64) in and out."""
+        y: torch.Tensor = self.linear(x)
+        return torch.sin(400.0 * y) if self.steep else torch.sin(y)
+
+
+def chain(steep: int | None) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Layer(steep=i == steep) for i in range(12)))
+
+
+def test_a_model_that_is_steep_as_a_whole_has_no_island_that_is_free() -> None:
+    report = audit(chain(None), inputs(64, 64), mode="bf16-mixed", gradients=False)
+    assert report.ok, report
+    remark = next(r for r in report.remarks if r.kind == "ill-conditioned")
+    assert "no FP32 island" in remark.message
+    assert remark.module == ""
+
+
+def test_a_steep_part_of_a_model_is_named_still() -> None:
+    report = audit(chain(3), inputs(64, 64), mode="bf16-mixed", gradients=False)
+    assert [f.kind for f in report.findings][:1] == ["amplification"]
+    assert report.findings[0].module == "3"
+
+
+def lost(x: torch.Tensor) -> torch.Tensor:
+    """A variance by E[x^2] - E[x]^2, which cancels: what comes before it is judged on its own inputs."""
+    return (x + 100.0).square().mean(-1) - (x + 100.0).mean(-1).square()
+
+
+class Tied(nn.Module):
+    """Reads an embedding's weight beside the embedding, as output heads do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.middle = nn.Embedding(50, 16), nn.Linear(16, 16)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Shape (n, t) in, (n, t, 50) out."""
+        return F.linear(torch.tanh(self.middle(self.embedding(ids))), self.embedding.weight)
+
+
+class Headed(nn.Module):
+    """With a wrong head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Tied()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Shape (n, t) in and out."""
+        return lost(self.body(ids))
+
+
+@pytest.mark.parametrize("mode", ["16-true", "bf16-true"])
+def test_a_weight_that_is_read_beside_its_module_has_the_gradient_of_both_uses(mode: str) -> None:
+    ids = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(0))
+    report = audit(Headed(), ids, mode=mode)
+    assert {f.module for f in report.findings} == {""}, report
+
+
+class Flags(nn.Module):
+    """Which places are padding, as ones and zeros."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape (n, 16) in and out."""
+        return (x > 1.0).to(x.dtype)
+
+
+class Masked(nn.Module):
+    """Hides places by a flag times the smallest number of the dtype, in scores that are a difference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.flags, self.one, self.other = Flags(), nn.Linear(16, 16), nn.Linear(16, 16)
+        with torch.no_grad():
+            self.other.weight.copy_(self.one.weight + 0.02 * torch.randn(16, 16))
+            self.other.bias.copy_(self.one.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape (n, 16) in, (n,) out."""
+        flag, scores = self.flags(x), self.one(x) - self.other(x)
+        hidden = torch.log_softmax(scores + flag * torch.finfo(x.dtype).min, -1)
+        difference: torch.Tensor = (hidden - hidden[:, :1]) * (1.0 - flag) * (1.0 - flag[:, :1])
+        return difference
+
+
+@pytest.mark.parametrize("mode", ["16-true", "bf16-true"])
+def test_flags_are_not_disturbed(mode: str) -> None:
+    report = audit(Masked(), inputs(64, 16), mode=mode, gradients=False)
+    assert report.ok, report
+    assert not [r for r in report.remarks if r.kind == "not-judged"]
+
+
+class Edge(nn.Module):
+    """-1 in every place: one step further out it has no arcsine."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Any shape in and out."""
+        return -torch.ones_like(x)
+
+
+class AtTheEdge(nn.Module):
+    """Adds a wrong variance to the arcsine of what is at its edge, or of what is not."""
+
+    def __init__(self, keep: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.edge, self.keep = Edge(), keep
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape (n, 16) in, (n,) out."""
+        return torch.asin(self.keep(self.edge(x))).sum(-1) + lost(x)
+
+
+def test_where_every_disturbed_run_is_nan_nothing_is_judged_and_a_remark_says_so() -> None:
+    report = audit(AtTheEdge(lambda y: y), inputs(64, 16), mode="bf16-true", gradients=False)
+    assert not [f for f in report.findings if f.module == ""]
+    assert any("gives NaN" in r.message for r in report.remarks)
+    inside = audit(AtTheEdge(lambda y: 0.5 * y), inputs(64, 16), mode="bf16-true", gradients=False)
+    assert [f.kind for f in inside.findings] == ["instability"]
