@@ -146,3 +146,27 @@ def test_where_every_disturbed_run_is_nan_nothing_is_judged_and_a_remark_says_so
     assert any("gives NaN" in r.message for r in report.remarks)
     inside = audit(AtTheEdge(lambda y: 0.5 * y), inputs(64, 16), mode="bf16-true", gradients=False)
     assert [f.kind for f in inside.findings] == ["instability"]
+
+
+class ByHand(nn.Module):
+    """Attention by hand whose masked rows are an average in every precision, with a norm behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.queries, self.values, self.norm = nn.Linear(32, 32), nn.Linear(32, 32), nn.LayerNorm(32, eps=1e-12)
+
+    def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        """Shapes (n, t, 32) and (n, t, t) in, (n, t, 32) out."""
+        scores = self.queries(x) @ x.transpose(-1, -2) / 32**0.5
+        scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
+        result: torch.Tensor = self.norm(torch.softmax(scores, -1) @ self.values(x))
+        return result
+
+
+@pytest.mark.parametrize("mode", ["16-true", "16-mixed", "bf16-true"])
+def test_a_norm_of_a_row_that_is_masked_entirely_has_a_variance(mode: str) -> None:
+    keep = torch.ones(2, 8, 8, dtype=torch.bool)
+    keep[:, 5:] = False
+    report = audit(ByHand(), inputs(2, 8, 32), keep, mode=mode)
+    assert report.ok, report

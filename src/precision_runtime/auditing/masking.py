@@ -3,8 +3,10 @@
 ``scaled_dot_product_attention`` gives 0 where the mask is -inf in every place, and an average of everything where it
 is a large negative number: which of the two depends on how float32's smallest number rounds to the mode's dtype. A
 softmax by hand gives an average of those places that are masked once and not twice, or of those whose score still
-shows beside float16's smallest number. Callers throw such rows away (they belong to padding). So they are 0 in every
-run of an audit, and no gradient comes in through them. A row that comes out as NaN stays as it is, since that spreads.
+shows beside float16's smallest number. Callers throw such rows away (they belong to padding). So they are the same in every
+run of an audit: an average of all places after a softmax by hand (zeros would leave a norm behind it without variance,
+and its gradient out of range), 0 otherwise, and then no gradient comes in through them. A row that comes out as NaN
+stays as it is, since that spreads.
 
 Where adding such a number to a score has made -inf of it in the low-precision run, code is one step from a row of
 nothing but -inf, which is NaN: then no row of a softmax by hand is settled, in any run, and the overflow shows.
@@ -60,8 +62,10 @@ class Masking:
         """``func(*args, **kwargs)`` with entirely masked rows settled."""
         name = func._schema.name
         if name in _SOFTMAX:
-            result = func(*args, **kwargs)
-            return result if self.spilt and name == _BY_HAND else self._settled(result, args[0], int(args[1]))
+            scores, dim, result = args[0], int(args[1]), func(*args, **kwargs)
+            if name != _BY_HAND:
+                return self._settled(result, scores, dim)
+            return result if self.spilt else self._settled(result, scores, dim, 1.0 / max(1, result.shape[dim]))
         if name in _CHOICES:
             return self._chosen(func, args, kwargs)
         shift = 1 if name in _BACKWARD else 0
@@ -86,10 +90,10 @@ class Masking:
         dim = kwargs.get("dim", args[names.index("dim")] if len(args) > names.index("dim") else -1)
         return type(result)((scores.gather(dim, indices), indices))
 
-    def _settled(self, result: torch.Tensor, scores: torch.Tensor, dim: int) -> torch.Tensor:
+    def _settled(self, result: torch.Tensor, scores: torch.Tensor, dim: int, to: float = 0.0) -> torch.Tensor:
         if not scores.is_floating_point() or not scores.dim() or not scores.numel():
             return result
         rows = scores.amax(dim, keepdim=True) <= max(self._limit, -SWALLOWED)
         if not rows.any():
             return result
-        return torch.where(rows & result.isfinite(), torch.zeros((), dtype=result.dtype, device=result.device), result)
+        return result.masked_fill(rows & result.isfinite(), to)
