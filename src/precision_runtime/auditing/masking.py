@@ -3,10 +3,10 @@
 ``scaled_dot_product_attention`` gives 0 where the mask is -inf in every place, and an average of everything where it
 is a large negative number: which of the two depends on how float32's smallest number rounds to the mode's dtype. A
 softmax by hand gives an average of those places that are masked once and not twice, or of those whose score still
-shows beside float16's smallest number. Callers throw such rows away (they belong to padding). So they are the same in every
-run of an audit: an average of all places after a softmax by hand (zeros would leave a norm behind it without variance,
-and its gradient out of range), 0 otherwise, and then no gradient comes in through them. A row that comes out as NaN
-stays as it is, since that spreads.
+shows beside float16's smallest number. Callers throw such rows away (they belong to padding). So they are the same in
+every run of an audit: an average of all places after a softmax by hand (zeros would leave a norm behind it without
+variance, and its gradient out of range), 0 otherwise, and then no gradient comes in through them. A row that comes out
+as NaN stays as it is, since that spreads.
 
 Where adding such a number to a score has made -inf of it in the low-precision run, code is one step from a row of
 nothing but -inf, which is NaN: then no row of a softmax by hand is settled, in any run, and the overflow shows.
