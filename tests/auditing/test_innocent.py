@@ -170,3 +170,25 @@ def test_a_norm_of_a_row_that_is_masked_entirely_has_a_variance(mode: str) -> No
     keep[:, 5:] = False
     report = audit(ByHand(), inputs(2, 8, 32), keep, mode=mode)
     assert report.ok, report
+
+
+class Collecting(nn.Module):
+    """Collects a part's result by a hook, as transformers does with hidden states, and uses it beside the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.first.register_forward_hook(lambda module, args, result: self.found.append(result))
+        self.found: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape (n, 32) in, (n,) out."""
+        self.found.clear()
+        y = self.second(torch.tanh(self.first(x)))
+        return lost(y + 3.0 * self.found[0])
+
+
+def test_a_result_that_a_hook_collected_has_the_gradient_of_both_uses() -> None:
+    report = audit(Collecting(), inputs(64, 32), mode="bf16-true")
+    assert {f.module for f in report.findings} == {""}, report

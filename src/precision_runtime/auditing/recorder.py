@@ -113,7 +113,8 @@ class Recorder:
             if type(module).register_forward_pre_hook is not nn.Module.register_forward_pre_hook:
                 continue  # scripted by torch.jit, which lets nobody listen: part of what calls it
             self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
+            # Before the hooks of others: what they collect of a result has to be the view of it whose gradient is kept.
+            self._handles.append(module.register_forward_hook(self._leave, prepend=True, with_kwargs=True))
         if self.inputs:
             self._listening = operands.listening(self)
             self._listening.__enter__()
