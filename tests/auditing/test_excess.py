@@ -277,3 +277,28 @@ def test_a_tail_that_perturbed_runs_have_by_chance_is_none() -> None:
     assert smooth.tail > 20 * TAIL_RATIO
     assert kinked.tail <= TAIL_RATIO * 1.1
     assert same_place.tail > 20 * TAIL_RATIO / 2
+
+
+def test_a_few_rows_that_runs_change_wholly_or_not_at_all_are_choices() -> None:
+    u, size = 2.0**-8, (40, 16)
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(size, generator=generator, dtype=torch.float64)
+
+    def run(tipped: bool, width: float = 1.0, by: float = 1.0) -> torch.Tensor:
+        moved = reference * (1 + width * u * (2 * torch.rand(size, generator=generator, dtype=torch.float64) - 1))
+        moved[18] += by * tipped
+        return moved
+
+    def is_choice(observed: torch.Tensor, samples: list[torch.Tensor]) -> bool:
+        entry = pair("y", observed, reference, u)
+        assert isinstance(entry, Pair)
+        return entry.is_choice([s.reshape(-1) for s in samples])
+
+    some = [run(tipped=i == 7, width=1 + 3 * (i > 15)) for i in range(28)]
+    none = [run(tipped=False, width=1 + 3 * (i > 15)) for i in range(28)]
+    most = [run(tipped=i > 7) for i in range(28)]
+    assert is_choice(run(tipped=True), some)
+    assert not is_choice(run(tipped=True), none)  # no run decides so: that was no rounding
+    assert not is_choice(run(tipped=True), most)  # that row moves in any run
+    assert not is_choice(run(tipped=True, by=3.0), some)  # by less than it is off here
+    assert not is_choice(reference + 0.1, some)  # off everywhere

@@ -34,6 +34,8 @@ MANY = 16
 SENTINEL = 1e200
 # An element of a decision tensor (indices, bools) may flip this often by chance before the count means anything.
 FREE_FLIPS = 3.0
+# This share of the squared error is that of the rows in which a choice fell otherwise.
+MOST = 0.9
 
 
 @dataclass
@@ -169,6 +171,26 @@ class Pair:
     def spread(self, samples: Sequence[torch.Tensor]) -> float:
         """The rms distance of perturbed references from the reference."""
         return _spread(samples, self.reference)[1]
+
+    def is_choice(self, samples: Sequence[torch.Tensor]) -> bool:
+        """Whether the error is that of a few rows which runs change either as much, or next to not at all.
+
+        So a choice on a near tie does (an expert, a place): what follows from it is as large however little tips it.
+        """
+        if len(self.shape) < 2 or self.settled is not None or not samples or self.decision:
+            return False
+        width = max(1, self.shape[-1])
+        moved = torch.stack([_rows(sample - self.reference, width) for sample in samples])
+        off = _rows(self.error, width)
+        order = off.argsort(descending=True)
+        share = off[order].square().cumsum(0) / off.square().sum()
+        count = int((share < MOST).sum()) + 1
+        if count > FREE_FLIPS or 2 * count > len(off):
+            return False
+        rows = order[:count]
+        tipped = moved[:, rows].amax(0) >= off[rows] / 2.0
+        still = moved[:, rows].median(0).values <= off[rows] / 8.0
+        return bool((tipped & still).all())
 
     def farthest(self, allowed: float) -> Worst:
         """The element that is farthest off, beside what was allowed."""
@@ -362,6 +384,11 @@ def _spread(samples: Sequence[torch.Tensor], reference: torch.Tensor) -> tuple[t
         total.addcmul_(difference, difference)
     total /= len(samples)
     return total.sqrt(), math.sqrt(float(total.mean())) if total.numel() else 0.0
+
+
+def _rows(t: torch.Tensor, width: int) -> torch.Tensor:
+    norms: torch.Tensor = torch.linalg.vector_norm(t.reshape(-1, width), dim=-1)
+    return norms
 
 
 def _largest(t: torch.Tensor) -> float:

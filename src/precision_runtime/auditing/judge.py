@@ -225,6 +225,13 @@ class Judge:
                 return
         wide = [sample(n, WIDE) for n in range(WIDE_SAMPLES)]
         judged.update(sheet.only(open_).judge(self.yardstick.limit, samples, wide))
+        runs = [*samples, *wide]
+        chosen = [
+            s
+            for s in open_
+            if not self._passes(judged[s]) and sheet.pairs[s].is_choice(values(runs, s, sheet.pairs[s]))
+        ]
+        judged.update(sheet.only(chosen).judge(self.yardstick.limit, runs))
         for site in self._exact_zeros(sheet.only(s for s in open_ if s[0] == "backward"), sample):
             del judged[site]
         for site in [s for s in open_ if s in judged and judged[s].bound and not judged[s].settled]:
