@@ -72,8 +72,8 @@ def findings_of(
             remarks.append(
                 Remark(
                     "ill-conditioned",
-                    f"the result moves {finding.excess:.0f} times as much as its operands' rounding; no part of it "
-                    "explains that, so no FP32 island but most of it changes it",
+                    f"the result moves {finding.excess:.0f} times as much as its operands' rounding; no op of it "
+                    "explains that alone, so only FP32 for much of it would lessen it",
                     finding.module,
                 )
             )
