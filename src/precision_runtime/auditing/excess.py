@@ -34,8 +34,12 @@ MANY = 16
 SENTINEL = 1e200
 # An element of a decision tensor (indices, bools) may flip this often by chance before the count means anything.
 FREE_FLIPS = 3.0
-# This share of the squared error is that of the rows in which a choice fell otherwise.
+# A choice that fell otherwise in few rows has this share of the squared error (a mixture of experts: 0.99).
 MOST = 0.9
+# A run that chooses so moves such a row as far as it is off, and one that does not leaves it: at least, and at most, by
+# these shares. A row that is merely off by E > 4 times its spread moves by 1/E in a plain run and 4/E in one disturbed
+# four times as much: where the median is within the second share, E is 8 or more, and 4/E stays below the first.
+TIPPED, STILL = 0.75, 0.125
 
 
 @dataclass
@@ -191,8 +195,8 @@ class Pair:
         if count > FREE_FLIPS or 2 * count > len(off):
             return False
         rows = order[:count]
-        tipped = moved[:, rows].amax(0) >= off[rows] / 2.0
-        still = moved[:, rows].median(0).values <= off[rows] / 8.0
+        tipped = moved[:, rows].amax(0) >= TIPPED * off[rows]
+        still = moved[:, rows].median(0).values <= STILL * off[rows]
         return bool((tipped & still).all())
 
     def farthest(self, allowed: float) -> Worst:

@@ -184,7 +184,7 @@ _PEEK = 16  # most tensors show within so many elements that they hold no flags
 
 
 def is_flag(t: torch.Tensor) -> bool:
-    """Whether a floating tensor holds zeros and ones only, and both of them or more than one."""
+    """Whether a floating tensor holds zeros and ones only; a single number, which a mean may be, is no flag."""
     if not t.is_floating_point() or t.numel() < 2 or t.layout is not torch.strided or t.is_nested:
         return False
     with torch._C._DisableTorchDispatch():

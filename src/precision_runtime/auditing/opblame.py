@@ -37,6 +37,7 @@ FALL = 4.0
 # The same line of code that runs so often, each result rounded, is an accumulation.
 MANY = 16
 # A function with more matrix products and convolutions than this is a model: keeping most of them in FP32 is no island.
+# Steep functions that are defects have 1 to 3 of them, models that are steep as a whole 32 and more (measured).
 MODEL = 8
 # Ops that amplify what the cause lost, tried one after the other: x - mean(x) amplifies, too, and is right.
 AMPLIFIERS = 4
@@ -277,7 +278,7 @@ class _Search:
         op = f"`{public_name(event.step.site.op)}`"
         op = f"the derivative of {op}" if event.step.backward else op
         if event.born:
-            return f"inf or NaN is born in {op}, from finite operands", None
+            return f"inf or NaN is born in {op}, from finite operands", "range"
         if 2.0 * event.local > event.outgoing:  # an error of its own, none that came in
             return self._lost(event)
         times = f"{self._amplification(event):.0f} times what its operands were"

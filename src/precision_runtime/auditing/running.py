@@ -144,8 +144,9 @@ class Runs:
                 marks=mode.marks if noise else None, twins=self._calls if noise else (), scale=self._scale,
                 exchange=exchange, snapshots=mode.snapshots,
             )  # fmt: skip
-            uses = Uses(self._parameters.values(), recorder)
+            uses: Uses | None = None
             if noise is None and exchange is None and self.gradients:
+                uses = Uses(self._parameters.values(), recorder)
                 mode.seen = uses.note
             plain = loss_gradient(self.seed)
 
@@ -159,7 +160,7 @@ class Runs:
                     cotangent=incoming if self.gradients else None,
                     parameters=self._parameters.values(),
                 )  # fmt: skip
-        run.uses = uses.found
+        run.uses = uses.found if uses is not None else {}
         return run, mode
 
     def _u_of(self, call: Call | None, where: str = "forward") -> float:

@@ -35,7 +35,7 @@ class Snapshots:
 
     def before(self, places: Places, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """An op is about to write to these of its arguments: snapshots of them get memory of their own."""
-        for value in values_at(places, args, kwargs):
+        for value in values_at(places, args, kwargs) if self._shared else ():
             for t in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(t, torch.Tensor) and _has_storage(t):
                     for own, _ in self._shared.pop(t.untyped_storage()._cdata, ()):

@@ -7,6 +7,7 @@ import math
 import torch
 
 from precision_runtime.auditing.again import Again, moved_inputs, moved_parameters
+from precision_runtime.auditing.applied import not_applied
 from precision_runtime.auditing.blame import findings_of
 from precision_runtime.auditing.borders import Borders
 from precision_runtime.auditing.discover import as_written
@@ -71,7 +72,7 @@ class Trial(Runs):
         stage = self._stage(worlds, low, judge)
         search = (lambda verdict: blame_op(stage, verdict)) if self.explain else None
         findings, remarks = findings_of(judge, search)
-        findings = [*self._not_applied(low), *findings]
+        findings = [*self._not_applied(), *findings]
         self.remarks += remarks
         self.remarks += [Remark("not-judged", text, module) for (module, _), text in judge.remarks.items()]
         self.remarks += [Remark("not-judged", text, module) for module, text in judge.replays.failed.items()]
@@ -239,30 +240,12 @@ class Trial(Runs):
         sheet = self._sheet(low, run, run.parameter_grads, _parameter_names(worlds))
         return Again(Judge(worlds, low, yardstick, run.parameter_grads, run.uses), sheet, worlds, true_p, low_p)
 
-    def _not_applied(self, low: Run) -> list[Finding]:
-        if not self.mode.low or not self._watch.products:
-            return []
-        target = getattr(torch, self.mode.compute)
-        if target in self._watch.frames[0].dtypes:
-            return []
-        ran = ", ".join(sorted(str(d).removeprefix("torch.") for d in self._watch.products))
-        if self.mode.autocast and self._watch.products == {torch.float32}:
-            self.remarks.append(
-                Remark(
-                    "not-applied",
-                    f"no op ran in {self.mode.compute}: the code switches autocast off around all of its products",
-                )
-            )
-            return []
-        if not self.mode.autocast and not self._parameters:
-            return []  # a function that upcasts its inputs by itself
-        return [
-            Finding(
-                kind="not-applied", where="forward", module="", op=None, lost_bits=0.0, excess=0.0,
-                message=f"the mode was not applied: no op produced {self.mode.compute}, "
-                f"every matrix product ran in {ran}",
-            )
-        ]  # fmt: skip
+    def _not_applied(self) -> list[Finding]:
+        found = not_applied(self.mode, self._watch)
+        if isinstance(found, Remark):
+            self.remarks.append(found)
+        # A true mode casts parameters; a function without any may upcast its inputs by itself.
+        return [found] if isinstance(found, Finding) and (self.mode.autocast or self._parameters) else []
 
     # -- code that does not run -------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from precision_runtime import environment
 from precision_runtime.accelerators import resolve
+from precision_runtime.auditing.applied import not_applied
 from precision_runtime.auditing.dispatch import LowWatch
 from precision_runtime.auditing.failing import error_finding, no_reference
 from precision_runtime.auditing.masking import Masking
@@ -223,21 +224,10 @@ class _Examination:
             self.remarks += [Remark("hazard", text) for text in _idle_decay(low.optimizer)]
 
     def _not_applied(self) -> list[Finding]:
-        target = getattr(torch, self.mode.compute)
-        if not self.mode.low or not self.seen.products or target in self.seen.frames[0].dtypes:
-            return []
-        ran = ", ".join(sorted(str(d).removeprefix("torch.") for d in self.seen.products))
-        if self.mode.autocast and self.seen.products == {torch.float32}:
-            text = f"no op ran in {self.mode.compute}: the code switches autocast off around all of its products"
-            self.remarks.append(Remark("not-applied", text))
-            return []
-        return [
-            Finding(
-                kind="not-applied", where="forward", module="", op=None, lost_bits=0.0, excess=0.0,
-                message=f"the mode was not applied: no op produced {self.mode.compute}, "
-                f"every matrix product ran in {ran}",
-            )
-        ]  # fmt: skip
+        found = not_applied(self.mode, self.seen)
+        if isinstance(found, Remark):
+            self.remarks.append(found)
+        return [found] if isinstance(found, Finding) else []
 
     # -- judging ----------------------------------------------------------------------------------------------------
 
