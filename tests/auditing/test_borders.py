@@ -76,10 +76,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     true = Replays.true
 
-    def counted(self: Replays, call: Any, buffers: Any = None, gradients: bool = True) -> Any:
+    def counted(self: Replays, call: Any, buffers: Any = None, gradients: bool = True, screening: Any = None) -> Any:
         if gradients:
             names.append(call.name)
-        return true(self, call, buffers, gradients)
+        return true(self, call, buffers, gradients, screening)
 
     monkeypatch.setattr(Replays, "true", counted)
     return names

@@ -295,7 +295,13 @@ def test_a_few_rows_that_runs_change_wholly_or_not_at_all_are_choices() -> None:
         assert isinstance(entry, Pair)
         return entry.is_choice([s.reshape(-1) for s in samples])
 
+    def is_column(observed: torch.Tensor, samples: list[torch.Tensor]) -> bool:
+        entry = pair("y", observed.T.contiguous(), reference.T.contiguous(), u)
+        assert isinstance(entry, Pair)
+        return entry.is_choice([s.T.reshape(-1) for s in samples])
+
     some = [run(tipped=i == 7, width=1 + 3 * (i > 15)) for i in range(28)]
+    assert is_column(run(tipped=True), some)  # places along the last dimension, as a convolution's state has them
     none = [run(tipped=False, width=1 + 3 * (i > 15)) for i in range(28)]
     most = [run(tipped=i > 7) for i in range(28)]
     assert is_choice(run(tipped=True), some)

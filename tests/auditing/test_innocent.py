@@ -192,3 +192,102 @@ class Collecting(nn.Module):
 def test_a_result_that_a_hook_collected_has_the_gradient_of_both_uses() -> None:
     report = audit(Collecting(), inputs(64, 32), mode="bf16-true")
     assert {f.module for f in report.findings} == {""}, report
+
+
+class Choosing(nn.Module):
+    """A mask of 0 and -inf: each row sees its best 8 of 62 places, many of which are near ties."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(64, 16, bias=False), nn.Linear(64, 16, bias=False)
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape (2, 250, 64) to (2, 250, 62)."""
+        scores: torch.Tensor = self.q(x) @ self.k(x[:, :248:4]).transpose(1, 2)
+        return scores
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape (2, 250, 64) to (2, 250, 62)."""
+        scores = self.scores(x)
+        return torch.full_like(scores, -torch.inf).scatter(-1, scores.topk(8, -1).indices, 0.0)
+
+
+class Blocking(Choosing):
+    """Scores of which every other place is blocked; the rest leaves the range of float16 below."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape (2, 250, 64) to (2, 250, 62)."""
+        scores = self.scores(x) * 2.0**16
+        blocked = torch.arange(scores.shape[-1]) % 2 == 0
+        return scores.masked_fill(blocked, -torch.inf)
+
+
+@pytest.mark.parametrize("mode", ["16-true", "bf16-true", "bf16-mixed"])
+def test_a_mask_whose_places_are_near_ties_is_no_overflow(mode: str) -> None:
+    torch.manual_seed(0)
+    report = audit(nn.Sequential(nn.Linear(64, 64), Choosing()), inputs(2, 250, 64), mode=mode, gradients=False)
+    assert report.ok, report
+
+
+def test_infinities_that_no_disturbed_run_moves_are_an_overflow_among_masked_places_too() -> None:
+    torch.manual_seed(0)
+    report = audit(nn.Sequential(nn.Linear(64, 64), Blocking()), inputs(2, 250, 64), mode="16-true", gradients=False)
+    assert [(f.module, f.kind) for f in report.findings][:1] == [("1", "range")], report
+
+
+class Loud(nn.Module):
+    """A loss whose gradient float16 holds up to a loss scale between the powers of 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape (n, 16) to (), its gradient 600 for each result of the layer."""
+        total: torch.Tensor = (self.linear(x) * 600.0).sum()
+        return total
+
+
+def kept_by_a_scaler(model: nn.Module, x: torch.Tensor) -> float:
+    """The largest loss scale that leaves every gradient finite, by plain torch."""
+    for scale in (2.0**k for k in range(16, -16, -1)):
+        with torch.autocast("cpu", torch.float16):
+            loss = model(x)
+        found = torch.autograd.grad(loss * scale, list(model.parameters()))
+        if all(bool(g.isfinite().all()) for g in found):
+            return scale
+    raise AssertionError
+
+
+@pytest.mark.parametrize("size", [0.25, 0.5, 1.0, 2.0])
+def test_the_loss_scale_is_the_largest_that_a_scaler_would_keep(size: float) -> None:
+    torch.manual_seed(0)
+    model, x = Loud(), inputs(4, 16) * size
+    report = audit(model, x, mode="16-mixed")
+    assert report.ok, report
+    assert report.figures["loss_scale"] == kept_by_a_scaler(model, x)
+
+
+class Padded(nn.Module):
+    """Blows up rows of zeros, as norms do; their gradient is that of padding, and goes nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(32, 16, padding_idx=0)
+        self.norm = nn.LayerNorm(16)
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Shape (n, k) to (n, k, 16)."""
+        x = self.table(ids)
+        y: torch.Tensor = self.linear(self.norm(x)) + 2000.0 * (ids == 0).to(x.dtype)[..., None] * torch.sin(40.0 * x)
+        return y
+
+
+def test_a_gradient_of_padding_that_only_our_own_sum_overflows_is_no_finding() -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(1, 32, (4, 24), generator=torch.Generator().manual_seed(0))
+    ids[:, -3:] = 0
+    report = audit(Padded(), ids, mode="16-true")
+    assert report.ok, report
+    assert not any(r.kind == "harmless-range" for r in report.remarks), report

@@ -17,6 +17,7 @@ from precision_runtime.auditing.recorder import Call
 from precision_runtime.auditing.replays import Yardstick
 from precision_runtime.auditing.runs import Run
 from precision_runtime.auditing.sheet import Sheet
+from precision_runtime.auditing.snapshots import place_of
 from precision_runtime.auditing.worlds import widen
 from precision_runtime.tree import leaves, map_tensors
 
@@ -35,8 +36,14 @@ class Borders:
         self._behind: dict[tuple[int, str], float] = {}  # and at outputs
         self._parameters: dict[int, float] = {}
         self._verdicts: dict[int, tuple[bool, bool]] = {}
+        # What stood last in the place of what, by direction: modules hand on what their last part returned.
+        self._put: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     # -- during the run ---------------------------------------------------------------------------------------------
+
+    def keeps(self, call: Call) -> bool:
+        """Nothing is kept."""
+        return False
 
     def values(self, call: Call, output: object) -> object:
         """The call's output with the low-precision run's values in it, which gradients pass as if nothing were."""
@@ -50,8 +57,12 @@ class Borders:
             value = theirs.get(paths.get(id(t), ""))
             if value is None or value.shape != t.shape or not _plain(t) or not _plain(value):
                 return t
+            if self._stands("forward", value, t):
+                return t
             step = widen(value) - t.detach()
-            return t + step if math.isfinite(float(step.sum())) else t  # a mask's infinities stay
+            if not math.isfinite(float(step.sum())):  # a mask's infinities stay
+                return t
+            return self._noted("forward", value, t + step)
 
         return map_tensors(put, output, objects=False)
 
@@ -65,8 +76,21 @@ class Borders:
             return None
         with torch._C._DisableTorchDispatch():
             scores = self._own if inside else self._behind
+            if self._stands("backward", theirs, grad):
+                scores[id(low), path] = 0.0
+                return None
             scores[id(low), path] = self._score(low, path, theirs, grad)
-            return widen(theirs) / self._low.scale
+            return self._noted("backward", theirs, widen(theirs) / self._low.scale)
+
+    def _noted(self, where: str, low: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+        self._put[where] = low, now.detach()
+        return now
+
+    def _stands(self, where: str, low: torch.Tensor, now: torch.Tensor) -> bool:
+        """Whether this is what was put there for these values of the low-precision run the last time."""
+        before = self._put.get(where)
+        pairs = [] if before is None else [(before[0], low), (before[1], now.detach())]
+        return bool(pairs) and all(place_of(a) == place_of(b) is not None for a, b in pairs)
 
     # -- after it ---------------------------------------------------------------------------------------------------
 
@@ -106,7 +130,7 @@ class Borders:
         sheet.add_gradient(name, low, true, u, yardstick.step, self._low.scale)
         if sheet.apart:
             return math.inf
-        return max((j.score for j in sheet.judge(yardstick.limit).values()), default=0.0)
+        return max((j.score for j in sheet.screen(yardstick.limit).values()), default=0.0)
 
 
 def _plain(t: torch.Tensor) -> bool:

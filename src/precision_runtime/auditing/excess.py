@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 
+from precision_runtime.auditing.noise import largest
 from precision_runtime.casting import FLOATING
 from precision_runtime.formats import FORMATS
 from precision_runtime.record import Kind, Worst
@@ -54,6 +55,7 @@ class Judgement:
     error: float = 0.0  # rms(E)
     scale: float = 0.0  # rms(r)
     note: str = ""
+    decision: bool = False  # of indices or bools: the figures count flips
     bound: bool = False  # the figures are upper bounds: no perturbed run was needed
     alone: float | None = None  # the score of the judged run by itself, where replicas of it count, too
 
@@ -92,10 +94,12 @@ class Pair:
     flips: int = 0
     gradient: bool = False
     dtype_normal: float = 0.0  # smallest normal value of the observed dtype; 0 where it was computed in FP64
-    rms_reference: float = field(init=False, default=0.0)
+    rms_reference: float = math.nan  # worked out where it is not given
+    mask: torch.Tensor | None = None  # float64, shape (n,): the reference before its infinities were left out
 
     def __post_init__(self) -> None:
-        self.rms_reference = _rms(self.reference)
+        if math.isnan(self.rms_reference):
+            self.rms_reference = _rms(self.reference)
 
     @property
     def error(self) -> torch.Tensor:
@@ -122,16 +126,21 @@ class Pair:
         width: float = 1.0,
         locate: float = 1.0,
         quick: bool = False,
+        brief: bool = False,
     ) -> Judgement:
         """Judge with the perturbed references seen so far; with none, the figures are upper bounds.
 
         ``wide`` are references disturbed ``width`` times as much; where a ``width``-th of their spread is larger, it
         counts.
         The worst element is looked for only where the score is above ``locate``; ``quick`` takes a looser bound of the
-        tail where that is enough to be below it.
+        tail where that is enough to be below it, and ``brief`` leaves the tail out where the excess is above it.
         """
         if self.lost is not None:
-            return self._range()
+            chosen = self._chosen([*samples, *wide])
+            if chosen is None or chosen.score > locate:
+                return chosen or self._range()
+            values = replace(self, lost=None).judge(samples, wide, width, locate, quick, brief)
+            return replace(max(chosen, values, key=lambda j: j.score), decision=True)
         if self.decision:
             return self._decision([*samples, *wide])
         spread, rms_spread = _spread(samples, self.reference)
@@ -139,7 +148,7 @@ class Pair:
             more, rms_more = _spread(wide, self.reference)
             assert spread is not None
             assert more is not None
-            spread = torch.maximum(spread, more / width)
+            spread = torch.maximum(spread, more.div_(width), out=spread)
             rms_spread = max(rms_spread, rms_more / width)
         if self._flushed(rms_spread):
             return self._underflow(bool(samples))
@@ -153,9 +162,12 @@ class Pair:
         tail = self.largest_error / (common + self.step)
         if quick and not samples and max(excess, tail / TAIL_RATIO) <= locate:  # passes even where the reference is 0
             return Judgement(self.tensor, excess, tail, None, None, self.rms_error, self.rms_reference, bound=True)
-        allowed = self.reference.abs().mul_(self.u).add_(common + self.step)
+        if brief and excess > locate:
+            return Judgement(self.tensor, excess, 0.0, None, None, self.rms_error, self.rms_reference, bound=True)
+        allowed = self.reference.abs().mul_(self.u)
         if spread is not None:
-            allowed += spread
+            allowed = spread.add_(allowed)  # three tensors of this size would be the most memory that an audit needs
+        allowed.add_(common + self.step)
         size = self._size()
         tail = float((size / allowed).max())
         if excess <= locate < tail / TAIL_RATIO and len(samples) >= MANY:
@@ -168,12 +180,12 @@ class Pair:
         for sample in samples:
             squares.addcmul_(sample - self.reference, sample - self.reference)
         plain = self.reference.abs().mul_(self.u).add_(common + self.step)
-        largest = 0.0
+        most = 0.0
         for sample in samples:
             moved = (sample - self.reference).abs_()
             others = (squares - moved.square()).clamp_(min=0.0).div_(len(samples) - 1).sqrt_()
-            largest = max(largest, float((moved / others.add_(plain)).nan_to_num_(0.0, 0.0, 0.0).max()))
-        return largest
+            most = max(most, float((moved / others.add_(plain)).nan_to_num_(0.0, 0.0, 0.0).max()))
+        return most
 
     def spread(self, samples: Sequence[torch.Tensor]) -> float:
         """The rms distance of perturbed references from the reference."""
@@ -186,9 +198,12 @@ class Pair:
         """
         if len(self.shape) < 2 or self.settled is not None or not samples or self.decision:
             return False
-        width = max(1, self.shape[-1])
-        moved = torch.stack([_rows(sample - self.reference, width) for sample in samples])
-        off = _rows(self.error, width)
+        # Mostly a place is a row along the last dimension; a state of a convolution has its places there instead.
+        return any(self._is_choice_along(dim, samples) for dim in (-1, -2))
+
+    def _is_choice_along(self, dim: int, samples: Sequence[torch.Tensor]) -> bool:
+        moved = torch.stack([_rows(sample - self.reference, self.shape, dim) for sample in samples])
+        off = _rows(self.error, self.shape, dim)
         order = off.argsort(descending=True)
         share = off[order].square().cumsum(0) / off.square().sum()
         count = int((share < MOST).sum()) + 1
@@ -286,11 +301,32 @@ class Pair:
             f"{count} of {self.reference.numel()} elements are not finite; {note}",
         )  # fmt: skip
 
+    def _chosen(self, samples: Sequence[torch.Tensor]) -> Judgement | None:
+        """The judgement of a mask whose infinities stand in other places than the reference's; None: it is no mask.
+
+        A choice between near ties (the best places of a row) puts them there, as it does in disturbed runs. Where none
+        of these moves an infinity, something has left the range of the dtype.
+        """
+        if self.mask is None:
+            return None
+        n = max(1, self.mask.numel())
+        blocked = self.mask.isinf()
+        flips = int((self.observed.isinf() != blocked).sum())
+        if not samples:
+            return Judgement(self.tensor, math.inf, 0.0, None, None, flips / n, 1.0, bound=True)
+        mean = sum(int((s.isinf() != blocked).sum()) for s in samples) / len(samples)
+        if mean == 0.0:
+            return None
+        return Judgement(
+            self.tensor, flips / (mean + 3.0 * math.sqrt(mean)), 0.0, None, None, flips / n, 1.0,
+            f"{flips} of {n} elements are infinite here or there only, where perturbed FP64 runs move {mean:.1f}",
+        )  # fmt: skip
+
     def _decision(self, samples: Sequence[torch.Tensor]) -> Judgement:
         n = max(1, self.reference.numel())
         if not samples:
             score = self.flips / FREE_FLIPS
-            return Judgement(self.tensor, score, 0.0, None, None, self.flips / n, 1.0, bound=True)
+            return Judgement(self.tensor, score, 0.0, None, None, self.flips / n, 1.0, decision=True, bound=True)
         mean = sum(int((s != self.reference).sum()) for s in samples) / len(samples)
         expected = mean + 3.0 * math.sqrt(mean) + FREE_FLIPS
         worst = None
@@ -303,6 +339,7 @@ class Pair:
         return Judgement(
             self.tensor, self.flips / expected, 0.0, None, worst, self.flips / n, 1.0,
             f"{self.flips} of {n} decisions differ where perturbed FP64 runs flip {mean:.1f}",
+            decision=True,
         )  # fmt: skip
 
 
@@ -333,10 +370,11 @@ def pair(
     if a.dtype not in FLOATING:  # FP8 has no arithmetic
         a = a.to(torch.float64)
     error = _difference(a, r)
-    settled = lost = None
+    settled = lost = mask = None
     out_of_range = 0.0
-    # One sum finds NaN and infinity; FP64 sums of what half formats hold do not overflow by themselves.
-    if not math.isfinite(float(error.sum())) or (r.numel() and _largest(r) > min(maximum, SENTINEL)):
+    most, size, ceiling = largest(error), _rms(r), min(maximum, SENTINEL)  # NaN where any is NaN
+    # No element is larger than the norm of all.
+    if not math.isfinite(most) or (not size * math.sqrt(r.numel()) <= ceiling and largest(r) > ceiling):
         r_mask = ~(r.abs() < SENTINEL)  # NaN, infinite, or a mask's constant
         finite = torch.isfinite(a)
         gone = ~finite & ~r_mask
@@ -344,18 +382,27 @@ def pair(
         gone |= torch.isnan(a) & r_mask & ~torch.isnan(r)
         if bool(gone.any()):
             lost = gone
+            mask = _mask_of(a, r, gone)
             beyond = r.abs() > maximum
             beyond &= gone & ~r_mask
             out_of_range = float(r[beyond].abs().max()) if bool(beyond.any()) else 0.0
         skip = r_mask | ~finite
         error = settled = torch.where(skip, torch.zeros_like(error), error)
+        most, size = largest(error), math.nan
         r = torch.where(r_mask, torch.zeros_like(r), r)
         if lost is None:
             a = torch.where(skip, torch.zeros_like(a), a)
     return Pair(
-        name, a, r, settled, _rms(error), _largest(error), reference.shape, u, step, lost, out_of_range, maximum,
-        gradient=gradient, dtype_normal=normal,
+        name, a, r, settled, _rms(error), most, reference.shape, u, step, lost, out_of_range, maximum,
+        gradient=gradient, dtype_normal=normal, rms_reference=size, mask=mask,
     )  # fmt: skip
+
+
+def _mask_of(a: torch.Tensor, r: torch.Tensor, lost: torch.Tensor) -> torch.Tensor | None:
+    """The reference, where what has been lost is infinite as it is in other places by right: it may be a mask then."""
+    signs = [sign for sign in (-math.inf, math.inf) if bool((r == sign).any())]
+    alike = all(float(value) in signs for value in a[lost].unique())
+    return r.clone() if signs and alike else None
 
 
 def flatten_sample(sample: torch.Tensor, like: Pair) -> torch.Tensor | None:
@@ -381,16 +428,19 @@ def _plain(t: torch.Tensor) -> torch.Tensor:
 
 
 def _spread(samples: Sequence[torch.Tensor], reference: torch.Tensor) -> tuple[torch.Tensor | None, float]:
+    """Root mean square distance by element, shape (n,), and over all of them. The first is the caller's own."""
     if not samples:
         return None, 0.0
     total = torch.zeros_like(reference)
     for sample in samples:
         difference = sample - reference
         # A sample beyond the reach of FP64 (a mask's constant) says nothing about the spread.
-        difference = torch.where(difference.abs() < SENTINEL, difference, torch.zeros_like(difference))
+        if not largest(difference) < SENTINEL:
+            difference.masked_fill_(~(difference.abs() < SENTINEL), 0.0)
         total.addcmul_(difference, difference)
     total /= len(samples)
-    return total.sqrt(), math.sqrt(float(total.mean())) if total.numel() else 0.0
+    rms = math.sqrt(float(total.mean())) if total.numel() else 0.0
+    return total.sqrt_(), rms
 
 
 def _difference(observed: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -400,16 +450,10 @@ def _difference(observed: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
     return observed.to(torch.float64).sub_(reference)
 
 
-def _rows(t: torch.Tensor, width: int) -> torch.Tensor:
-    norms: torch.Tensor = torch.linalg.vector_norm(t.reshape(-1, width), dim=-1)
-    return norms
-
-
-def _largest(t: torch.Tensor) -> float:
-    if t.numel() == 0:
-        return 0.0
-    low, high = torch.aminmax(t)
-    return max(-float(low), float(high))
+def _rows(t: torch.Tensor, shape: torch.Size, dim: int) -> torch.Tensor:
+    """The norms along a dimension of a flat tensor that had this shape, flat."""
+    norms: torch.Tensor = torch.linalg.vector_norm(t.reshape(shape), dim=dim)
+    return norms.reshape(-1)
 
 
 def _rms(t: torch.Tensor) -> float:

@@ -25,7 +25,8 @@ from precision_runtime.auditing.references import Sample
 from precision_runtime.auditing.replays import Replays, Yardstick
 from precision_runtime.auditing.replicas import FEW, Replicas, replicated
 from precision_runtime.auditing.runs import Run
-from precision_runtime.auditing.sheet import WIDE, Sheet, Site, Verdict, input_name, values
+from precision_runtime.auditing.screening import Screening
+from precision_runtime.auditing.sheet import WIDE, Screened, Sheet, Site, Verdict, input_name, values
 from precision_runtime.auditing.uses import Place
 from precision_runtime.auditing.worlds import Worlds
 
@@ -101,24 +102,24 @@ class Judge:
         if is_wrapper(call):
             return self._visit_all(call.children, twins, enclosing)
         back = not self._explained(call)
-        sheet = self.sheet(call, twin, gradients=back) if twin is not None else None
-        passed: dict[Site, Judgement] = {} if sheet is None else sheet.judge(self.yardstick.limit)
-        if back and not all(self._passes(j) for j in passed.values()) and self._explain(call):
-            back, passed = False, {s: j for s, j in passed.items() if s[0] == "forward"}
-            sheet = None if sheet is None else replace(sheet, pairs={s: sheet.pairs[s] for s in passed})
-        if sheet is not None and not sheet.apart and all(self._passes(j) for j in passed.values()):
+        seen = self._screened(call, twin, back) if twin is not None else None
+        if seen is not None and back and not self._all_pass(seen) and self._explain(call):
+            back, seen = False, Screened({s: j for s, j in seen.judged.items() if s[0] == "forward"}, seen.apart)
+        if seen is not None and not seen.apart and self._all_pass(seen):
             failed = self._visit_all(call.children, twins, enclosing)
-            self._note(call, passed, sheet, failed)
+            self._note(call, seen.judged, Sheet(), failed)
             return failed
-        if sheet is not None and twin is not None and not sheet.apart and anchored(call, twin, back):
+        if seen is not None and twin is not None and not seen.apart and anchored(call, twin, back):
             failed = self._visit_all(call.children, twins, enclosing)
+            sheet = self.sheet(call, twin, gradients=back)
 
             def within(number: int, width: float, norms: bool = True) -> Sample:
                 return enclosing(number, width, norms).inner[twin.name, twin.index]
 
             judged = self.decide(sheet, within, failed, call)
             return failed | self._note(call, judged, sheet, failed, within)
-        replay = self.replays.true(call, gradients=back)
+        screening = Screening(self.low, call.subtree(), self.yardstick, kept=[call])
+        replay = self.replays.true(call, gradients=back, screening=screening)
         if replay is None:
             return self._visit_all(call.children, twins, enclosing)
         root = replay.calls[0]
@@ -253,6 +254,9 @@ class Judge:
     def _passes(self, judgement: Judgement) -> bool:
         return judgement.score <= self.yardstick.limit
 
+    def _all_pass(self, seen: Screened) -> bool:
+        return all(self._passes(j) for j in seen.judged.values())
+
     def _note(
         self,
         call: Call | None,
@@ -263,12 +267,12 @@ class Judge:
     ) -> set[str]:
         out: set[str] = set()
         for where in ("forward", "backward"):
-            entries = [(j, sheet.pairs[s]) for s, j in judged.items() if s[0] == where]
+            entries = [j for s, j in judged.items() if s[0] == where]
             if not entries:
                 continue
-            verdict = Verdict(call, where, [j for j, _ in entries], consequence=where in failed)
+            verdict = Verdict(call, where, entries, consequence=where in failed)
             verdict.failed = verdict.score > self.yardstick.limit
-            flips = any(p.decision and j.error > 0 for j, p in entries)
+            flips = any(j.decision and j.error > 0 for j in entries)
             if flips and call is not None:
                 self._flipped.add(id(call))
             # Where a decision fell the other way the error says how far the alternatives lie apart, not how steep.
@@ -292,7 +296,7 @@ class Judge:
         steep = {
             site: judgement.error / (sheet.pairs[site].u * judgement.scale)
             for site, judgement in judged.items()
-            if site[0] == "forward" and judgement.scale > 0 and not judgement.bound and not sheet.pairs[site].decision
+            if site[0] == "forward" and judgement.scale > 0 and not judgement.bound and not judgement.decision
         }
         steep = {site: value for site, value in steep.items() if value > AMPLIFICATION * share}
         if not steep:
@@ -326,10 +330,18 @@ class Judge:
 
     # -- sheets -----------------------------------------------------------------------------------------------------
 
+    def _screened(self, call: Call, twin: Call, gradients: bool) -> Screened:
+        """What the call is beside its twin, by the values that the twin has, or by what was found when it had them."""
+        sheet, seen = self.sheet(call, twin, gradients=gradients), twin.screened or Screened()
+        judged = {s: j for s, j in seen.judged.items() if gradients or s[0] == "forward"}
+        apart = [*sheet.apart, *seen.apart]
+        return Screened(judged | sheet.screen(self.yardstick.limit), apart)
+
     def sheet(self, call: Call, twin: Call, replay: Run | None = None, gradients: bool = True) -> Sheet:
         """The call beside its twin; its parameters' gradients beside the replay's, or (to screen) the whole run's."""
         sheet, step, scale = Sheet(), self.yardstick.step, self.low.scale
-        sheet.add_outputs(call.outputs, twin.outputs, self.yardstick.own_u(call, "forward"), step)
+        if twin.screened is None:
+            sheet.add_outputs(call.outputs, twin.outputs, self.yardstick.own_u(call, "forward"), step)
         if not gradients:
             return sheet
         if self.low.second_order:

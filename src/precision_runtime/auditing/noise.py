@@ -117,9 +117,13 @@ class Noise:
         with torch._C._DisableTorchDispatch():  # the audit's own draws are none of the judged code's
             start = int(torch.randint(_PERIOD, (), generator=self._generator))
             xi = _uniform(start, t.numel()).view(t.shape).to(t.device, t.dtype)
-            disturbed = torch.addcmul(t, t, xi, value=u)
-            if step and not t.is_complex() and u * float(t.detach().abs().max()) < _FINE * step:
+            if step and not t.is_complex() and u * largest(t.detach()) < _FINE * step:
+                disturbed = torch.addcmul(t, t, xi, value=u)
                 disturbed = torch.addcmul(disturbed, xi, (t != 0).to(t.dtype), value=step / 2.0)
+            elif t.numel() > _PERIOD and not (t.requires_grad and torch.is_grad_enabled()):
+                disturbed = torch.addcmul(t, t, xi, value=u, out=xi)  # xi is a copy here, and a large weight's is large
+            else:
+                disturbed = torch.addcmul(t, t, xi, value=u)
             if not math.isfinite(abs(disturbed.detach().sum())):  # a mask of FP64's own largest value is no operand
                 disturbed = torch.where(disturbed.isfinite(), disturbed, t)
         return disturbed
@@ -173,11 +177,19 @@ class Exact:
         return any(t.shape == e.shape and t.dtype == e.dtype and torch.equal(t, e) for e in self._tensors)
 
 
+def largest(t: torch.Tensor) -> float:
+    """The largest magnitude of a real tensor, 0 of an empty one, without a copy of it."""
+    if t.numel() == 0:
+        return 0.0
+    low, high = torch.aminmax(t)
+    return max(-float(low), float(high))
+
+
 def is_count(t: torch.Tensor) -> bool:
     """Whether a floating tensor holds whole numbers beyond the range where half formats are exact."""
     if not t.is_floating_point() or t.numel() == 0:
         return False
-    return bool(float(t.abs().max()) > EXACT_INTEGERS) and bool((t == t.round()).all())
+    return largest(t.detach()) > EXACT_INTEGERS and bool((t == t.round()).all())
 
 
 _PEEK = 16  # most tensors show within so many elements that they hold no flags

@@ -69,7 +69,7 @@ def audit(
     place, device = placed(parsed, lane.accelerator), resolve(lane.accelerator)
     parsed = place.mode
     pairs, automatic = islands_of(islands) if islands else (options.islands, options.auto_islands)
-    originals, references = originals or Originals(), references or References(1)
+    originals, references = originals or Originals(), references or References(1 if repair else 0)
 
     def judge(kept: Sequence[str] = (), explain: bool = True) -> Report:
         wide = tuple(sorted({**dict(pairs), **dict.fromkeys(kept, "float32")}.items()))

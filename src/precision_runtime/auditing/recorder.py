@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from precision_runtime.auditing.snapshots import Snapshots
 from precision_runtime.auditing.unseen import unseen
 from precision_runtime.auditing.worlds import Worlds
 from precision_runtime.tree import leaves, map_tensors
+
+if TYPE_CHECKING:
+    from precision_runtime.auditing.sheet import Screened
 
 
 @dataclass(eq=False)
@@ -39,6 +42,7 @@ class Call:
     trace: Trace = field(default_factory=Trace)  # what its ops did
     moved: dict[str, torch.Tensor] = field(default_factory=dict)  # how far the layer's own rounding moved its operands
     anchors: list[torch.Tensor] | None = None  # the inputs, where none of them is floating
+    screened: Screened | None = None  # what an FP64 run found of it as it went, where that is all that is kept
     end: int = -1  # order in which calls ended; -1 while open, or when the call raised
 
     def subtree(self) -> list[Call]:
@@ -50,7 +54,10 @@ class Call:
 
 
 class Exchange(Protocol):
-    """Puts another run's values and gradients in the place of a run's own at the borders of its calls."""
+    """Sees a run's values and gradients at the borders of its calls, and may put others in their place."""
+
+    def keeps(self, call: Call) -> bool:
+        """Whether the call's results are to be kept all the same."""
 
     def values(self, call: Call, output: Any) -> Any:
         """What the call's result is from now on."""
@@ -71,7 +78,7 @@ class Recorder:
     gradient is none that comes in through an output, so such calls are not judged backward.
     ``marks`` is the stack of a ``TrueDouble``, filled from the decisions of ``twins``, the low-precision run's calls.
     ``frames`` is the stack of a ``LowWatch``, which notes there what the ops of the open call do.
-    ``exchange`` is asked at each border, and then neither results nor gradients are kept.
+    ``exchange`` is asked at each border; then gradients are not kept, and results only where it says so.
     ``snapshots`` are those of the dispatch mode that the run is under; without them all that is kept is copied.
     Layers that round the operands of their products to a grid of their own (``operands``) are listened to with
     ``inputs``; with ``perturb`` the operands are moved as far in either direction, as the ``twins`` say.
@@ -182,7 +189,7 @@ class Recorder:
         if not any(t.is_floating_point() or t.is_complex() for t in given):
             call.anchors = [t.detach().clone() for t in given]
         if self.inputs:
-            call.args, call.kwargs = map_tensors(self._keep, (args, kwargs))
+            call.args, call.kwargs = map_tensors(self.keep, (args, kwargs))
             call.rng = RandomState.capture()
             call.state = self.worlds.changed_state(self._parts[id(module)])
         if self.gradients and torch.is_grad_enabled():
@@ -224,10 +231,12 @@ class Recorder:
         changed = False
         if self.perturb is not None and not (call.parent is None and module is self.skip):
             if call.anchors is not None:
-                call.outputs = [(path, t.detach().clone()) for path, t in leaves(output)]
+                call.outputs = self._results(call, output)
             output = self._disturbed(module, output)
             changed = True
         elif self._exchange is not None:
+            if self._exchange.keeps(call):
+                call.outputs = self._results(call, output)
             output = self._exchange.values(call, output)
             changed = True
         elif self.outputs:
@@ -249,12 +258,12 @@ class Recorder:
             if t.requires_grad and t.numel() == moved.numel():
                 t.register_hook(lambda grad: noise.within(grad, moved))
 
-    def _keep(self, t: torch.Tensor) -> torch.Tensor:
-        # What is put back after the run is written to then.
+    def keep(self, t: torch.Tensor) -> torch.Tensor:
+        """The value that ``t`` has now, detached, for good."""
         return t.detach().clone() if self.worlds.is_state(t) else self.snapshots.take(t)
 
     def _results(self, call: Call, output: Any) -> list[tuple[str, torch.Tensor]]:
-        return [(path, self._keep(t)) for path, t in leaves(output)]
+        return [(path, self.keep(t)) for path, t in leaves(output)]
 
     def _drop_overwritten(self) -> None:
         """Forget results that something unseen wrote to after their call.

@@ -40,10 +40,13 @@ class Sample:
 
 
 class References:
-    """A cache of references. It checks itself that an entry fits: same function name, seed, inputs and weights."""
+    """A cache of references. It checks itself that an entry fits: same function name, seed, inputs and weights.
+
+    With ``keep`` 0 it keeps none: then nobody needs the values of all calls at the same time.
+    """
 
     def __init__(self, keep: int = 8) -> None:
-        self._keep = keep
+        self.size = keep
         self._entries: list[Reference] = []
 
     def find(
@@ -66,7 +69,7 @@ class References:
     def keep(self, entry: Reference) -> None:
         """Add an entry; the oldest goes when there are more than ``keep``."""
         self._entries.append(entry)
-        del self._entries[: -self._keep]
+        del self._entries[: max(0, len(self._entries) - self.size)]
 
 
 def _equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:

@@ -14,7 +14,7 @@ from precision_runtime.auditing.dispatch import TrueDouble, plain_double
 from precision_runtime.auditing.failing import first_line
 from precision_runtime.auditing.masking import Masking
 from precision_runtime.auditing.noise import Exact, Noise
-from precision_runtime.auditing.recorder import Call, Recorder
+from precision_runtime.auditing.recorder import Call, Exchange, Recorder
 from precision_runtime.auditing.recurrent import noisy_states
 from precision_runtime.auditing.references import Sample
 from precision_runtime.auditing.runs import Run, execute
@@ -55,9 +55,16 @@ class Replays:
         self.owned = _single_use_parameters(worlds, low, uses)  # {id(call): {id(parameter): name}}
 
     def true(
-        self, call: Call, buffers: dict[tuple[int, str], torch.Tensor] | None = None, gradients: bool = True
+        self,
+        call: Call,
+        buffers: dict[tuple[int, str], torch.Tensor] | None = None,
+        gradients: bool = True,
+        screening: Exchange | None = None,
     ) -> Run | None:
-        """Run the call's module in FP64 on the call's actual inputs and (with ``gradients``) incoming gradient."""
+        """Run the call's module in FP64 on the call's actual inputs and (with ``gradients``) incoming gradient.
+
+        What is inside the call is of interest to ``screening`` only.
+        """
         try:
             with (
                 self.worlds.true(state=call.state, buffers=buffers),
@@ -68,7 +75,10 @@ class Replays:
                 call.rng.restore()
                 args, kwargs = widen_tree((call.args, call.kwargs))
                 backward = gradients and bool(call.output_grads)
-                recorder = Recorder(self._parts(call), self.worlds, gradients=backward, snapshots=mode.snapshots)
+                parts = {call.name: call.module} if screening is None else self._parts(call)
+                recorder = Recorder(
+                    parts, self.worlds, gradients=backward, exchange=screening, snapshots=mode.snapshots
+                )  # fmt: skip
                 run = execute(
                     call.module, args, kwargs, recorder,
                     cotangent=self._incoming(call) if backward else None, parameters=call.module.parameters(),

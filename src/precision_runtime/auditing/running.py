@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from precision_runtime import forwarding
+from precision_runtime.auditing.borders import Borders
 from precision_runtime.auditing.calls import moved_weights
 from precision_runtime.auditing.discover import find_modules
 from precision_runtime.auditing.dispatch import LowWatch, TrueDouble, plain_double
@@ -35,10 +36,11 @@ from precision_runtime.strategies import Strategy
 from precision_runtime.tree import map_tensors
 
 # Without a scaler the incoming gradient of outputs that are no scalar loss is ours to choose, and users' means make it
-# small: a gradient that only our sum over all outputs overflows is nobody's defect.
+# small: a gradient that only our sum over all outputs overflows is nobody's defect, one of a padded row included, which
+# goes nowhere.
 SUM_SCALES = (1.0, 2.0**-4, 2.0**-8, 2.0**-12, 1.0)
 # Loss scales in the order in which a dynamic scaler comes to them from GradScaler's start of 2^16, four halvings at a
-# time: which of them is the first that keeps gradients finite does not matter to within those 4 bits of range.
+# time: what lies between the first that keeps gradients finite and the one before is looked for then.
 # GradScaler halves below 1, too, where a loss is as large as a sum over all outputs.
 SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, *SUM_SCALES)
 
@@ -116,7 +118,7 @@ class Runs:
                 cotangent=loss_gradient(self.seed) if self.gradients else None,
                 parameters=self._parameters.values(),
                 scales=SCALES if self.mode.scaled else SUM_SCALES if self.mode.low else (1.0,),
-                forward_context=self._lane, backward_context=self.strategy.backward,
+                inside=not self.mode.scaled, forward_context=self._lane, backward_context=self.strategy.backward,
             )  # fmt: skip
 
     def _lane(self) -> AbstractContextManager[None]:
@@ -145,7 +147,7 @@ class Runs:
                 exchange=exchange, snapshots=mode.snapshots,
             )  # fmt: skip
             uses: Uses | None = None
-            if noise is None and exchange is None and self.gradients:
+            if noise is None and self.gradients and not isinstance(exchange, Borders):
                 uses = Uses(self._parameters.values(), recorder)
                 mode.seen = uses.note
             plain = loss_gradient(self.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from precision_runtime.auditing.recorder import Call, Recorder
 from precision_runtime.tree import leaves, map_tensors
 
+Gradients = Sequence["torch.Tensor | None"]
 Cotangent = Callable[[str, torch.Tensor], "torch.Tensor | None"]
 
 
@@ -42,6 +44,7 @@ def execute(
     cotangent: Cotangent | None = None,
     parameters: Iterable[nn.Parameter] = (),
     scales: Sequence[float] = (1.0,),
+    inside: bool = False,
     forward_context: Callable[[], Any] = contextlib.nullcontext,
     backward_context: Callable[[], Any] = contextlib.nullcontext,
     graph: bool = False,
@@ -50,7 +53,9 @@ def execute(
 
     ``cotangent(path, output)`` gives each output's incoming gradient, or None to leave it out. ``scales`` are loss
     scales in the order in which a dynamic scaler would come to them: the first that keeps every gradient finite counts,
-    the last where none does. ``graph``: gradients are enabled all the same where there is no ``cotangent``.
+    or one between it and the one before, and the last where none does; ``inside``: every gradient that a module passes
+    on, too, if any of the scales does that. ``graph``: gradients are enabled all the same where there is no
+    ``cotangent``.
     The inputs are copied, so that in-place code changes copies only.
     """
     sources: list[tuple[str, torch.Tensor]] = []
@@ -74,18 +79,18 @@ def execute(
             recorder.active = False
             with backward_context():
                 run = Run([], recorder.calls)
-                return differentiate(run, result, sources, recorder, cotangent, parameters, scales)
+                return differentiate(run, result, sources, recorder, cotangent, parameters, scales, inside)
     finally:
         recorder.active = False
 
 
 def differentiate(
     run: Run, result: Any, sources: list[tuple[str, torch.Tensor]], recorder: Recorder, cotangent: Cotangent | None,
-    parameters: Iterable[nn.Parameter], scales: Sequence[float],
+    parameters: Iterable[nn.Parameter], scales: Sequence[float], inside: bool = False,
 ) -> Run:  # fmt: skip
     """Complete ``run`` with the results' values and, where ``cotangent`` is given, with gradients."""
     outputs = list(leaves(result))
-    run.outputs = [(path, t.detach().clone()) for path, t in outputs]
+    run.outputs = [(path, recorder.keep(t)) for path, t in outputs]
     if cotangent is None:
         return run
     # What a cache object holds is no result that a loss is made of; and a replay could not see a gradient that comes in
@@ -100,18 +105,26 @@ def differentiate(
     if not incoming or not targets:
         return run
     run.differentiable = True
-    found: Sequence[torch.Tensor | None] = ()
-    for number, scale in enumerate(scales, 1):
-        found = torch.autograd.grad(
+
+    def backward(scale: float) -> Gradients:
+        return torch.autograd.grad(
             [t for t, _ in incoming],
             targets,
             [_scaled(c, scale, t) for t, c in incoming],
             allow_unused=True,
-            retain_graph=number < len(scales),
+            retain_graph=len(scales) > 1,
         )
-        run.scale = scale
-        if number == len(scales) or all(_finite(g) for g in found if g is not None):
-            break
+
+    def finite(found: Gradients) -> bool:
+        return all(_finite(g) for g in found if g is not None)
+
+    def finite_inside(found: Gradients) -> bool:
+        return finite(found) and all(_finite(g) for c in recorder.calls for g in c.input_grads.values() if _is_short(g))
+
+    made = None
+    for test in ((finite_inside, finite) if inside else (finite,)) if len(scales) > 1 else ():
+        made = made or _largest_finite(backward, test, scales)
+    run.scale, found = made or (scales[-1], backward(scales[-1]))
     run.recomputed, run.leaky = frozenset(recorder.recomputed), frozenset(recorder.leaky)
     run.second_order = recorder.second_order
     found = [g if g is None or g.layout is torch.strided else _dense(g) for g in found]
@@ -122,6 +135,30 @@ def differentiate(
         if g is not None:
             run.parameter_grads[id(p)] = g.detach()
     return run
+
+
+def _largest_finite(
+    backward: Callable[[float], Gradients], finite: Callable[[Gradients], bool], scales: Sequence[float]
+) -> tuple[float, Gradients] | None:
+    """The loss scale that a dynamic scaler comes to, and the gradients at it: those of the last backward pass made.
+
+    ``scales`` are powers of two; between one that is finite and the one before, which is not, halvings are made up for.
+    None where no gradients are finite.
+    """
+    beyond = scales[0]
+    for scale in scales:
+        found = backward(scale)
+        if finite(found):
+            break
+        beyond = scale
+    else:
+        return None
+    least = last = scale
+    while beyond > 2.0 * least:
+        last = least * 2.0 ** (math.log2(beyond / least) // 2)
+        found = backward(last)
+        least, beyond = (last, beyond) if finite(found) else (least, last)
+    return least, found if last == least else backward(least)
 
 
 def loss_gradient(seed: int) -> Cotangent:
@@ -148,6 +185,11 @@ def _finite(gradient: torch.Tensor) -> bool:
     with _disable_current_modes():  # a question of the audit's own, and no decision of the judged code
         plain = gradient if gradient.layout is torch.strided else gradient.to_dense()
         return bool(torch.isfinite(plain).all())
+
+
+def _is_short(t: torch.Tensor) -> bool:
+    """Whether a gradient's dtype ends long before float32 does."""
+    return t.is_floating_point() and torch.finfo(t.dtype).max < 1e30
 
 
 def _dense(gradient: torch.Tensor) -> torch.Tensor:

@@ -33,8 +33,7 @@ class Sheet:
         for path, value in low:
             if path in theirs:
                 self._add("forward", f"output{path}", value, theirs[path], u, step)
-        if len(theirs) != len(low):
-            self.apart.append(f"{len(low)} tensors come out in the mode, {len(theirs)} in FP64")
+        self.apart += unlike(len(low), len(theirs))
 
     def add_gradient(
         self, name: str, low: torch.Tensor | None, true: torch.Tensor | None, u: float, step: float, scale: float
@@ -56,12 +55,29 @@ class Sheet:
             for site, entry in self.pairs.items()
         }
 
+    def screen(self, limit: float) -> dict[Site, Judgement]:
+        """Whether every pair passes without perturbed runs; how badly the others fail is only roughly said."""
+        return {site: entry.judge(locate=limit, quick=True, brief=True) for site, entry in self.pairs.items()}
+
     def _add(self, where: str, name: str, low: torch.Tensor, true: torch.Tensor, u: float, step: float) -> None:
         made = pair(name, low, true, u, step, gradient=where == "backward")
         if isinstance(made, str):
             self.apart.append(made)
         else:
             self.pairs[where, name] = made
+
+
+@dataclass(eq=False)
+class Screened:
+    """What was found of a call whose tensors are gone: judgements, and what could not be put side by side."""
+
+    judged: dict[Site, Judgement] = field(default_factory=dict)
+    apart: list[str] = field(default_factory=list)
+
+
+def unlike(low: int, true: int) -> list[str]:
+    """A sentence where other numbers of tensors come out of a call in the mode and in FP64."""
+    return [] if low == true else [f"{low} tensors come out in the mode, {true} in FP64"]
 
 
 def values(samples: Sequence[Sample], site: Site, entry: Pair) -> list[torch.Tensor]:

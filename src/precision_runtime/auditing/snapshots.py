@@ -47,5 +47,12 @@ class Snapshots:
         return {id(own) for held in self._shared.values() for own, version in held if own._version != version}
 
 
+def place_of(t: torch.Tensor) -> tuple[Any, ...] | None:
+    """Where a tensor's values are, equal for the same values as long as they are alive; None where nobody can tell."""
+    if type(t) is not torch.Tensor or not _has_storage(t) or t.is_inference():
+        return None
+    return t.data_ptr(), t.dtype, t.shape, t.stride(), t._version
+
+
 def _has_storage(t: torch.Tensor) -> bool:
     return t.layout is torch.strided and not t.is_nested

@@ -24,6 +24,7 @@ from precision_runtime.auditing.replays import Yardstick
 from precision_runtime.auditing.replicas import Replicas
 from precision_runtime.auditing.running import Runs
 from precision_runtime.auditing.runs import Run, execute
+from precision_runtime.auditing.screening import Screening
 from precision_runtime.auditing.sheet import Sheet, input_name, sample_of
 from precision_runtime.auditing.storage import output_loss, rounded_layers, stored_layers
 from precision_runtime.auditing.uses import by_name
@@ -64,8 +65,9 @@ class Trial(Runs):
             stored, figures = stored_layers(worlds)
         self._alike, self._calls, self._scale = low.recomputed, low.calls, low.scale
         self._exact = Exact(widen_tree((self.args, self.kwargs)), getattr(torch, self.mode.compute))
+        self._yardstick = self._make_yardstick()
         try:
-            reference = self._reference(worlds)
+            reference = self._reference(worlds, low)
         except Exception as error:
             raise self._no_reference(worlds, error) from error
         judge = self._judge(worlds, low, reference)
@@ -124,14 +126,16 @@ class Trial(Runs):
                 figures["quantization_loss"] = loss
         return figures
 
-    def _reference(self, worlds: Worlds) -> Reference:
+    def _reference(self, worlds: Worlds, low: Run) -> Reference:
         inputs = widen_tree((self.args, self.kwargs))
         found = self.references.find(
             self.name, self.seed, self.gradients, inputs, worlds.true_parameters, worlds.true_buffers
         )
         if found is not None:
             return found
-        run, mode = self._true(worlds)
+        # Values of calls that other modes will be held against have to stay; those of this mode alone need not.
+        screening = None if self.references.size else Screening(low, low.calls, self._yardstick)
+        run, mode = self._true(worlds, exchange=screening)
         names = _parameter_names(worlds)
         entry = Reference(
             self.name, self.seed, self.gradients, list(leaves(inputs)), list(worlds.true_parameters.values()),
@@ -144,13 +148,12 @@ class Trial(Runs):
 
     # -- judging ----------------------------------------------------------------------------------------------------
 
-    def _judge(self, worlds: Worlds, low: Run, reference: Reference) -> Judge:
+    def _make_yardstick(self) -> Yardstick:
         format_ = self.mode.format
-        # Within one step of the subnormal numbers a value is as right as the format can hold it.
-        step = format_.smallest_subnormal
-        yardstick = Yardstick(
+        return Yardstick(
             format_.unit_roundoff,
-            step,
+            # Within one step of the subnormal numbers a value is as right as the format can hold it.
+            format_.smallest_subnormal,
             self.limit,
             self.mode.autocast,
             self.seed,
@@ -161,6 +164,9 @@ class Trial(Runs):
             self._masking,
             self._products,
         )
+
+    def _judge(self, worlds: Worlds, low: Run, reference: Reference) -> Judge:
+        yardstick = self._yardstick
         names = _parameter_names(worlds)
         true_grads = {k: reference.parameter_grads[n] for k, n in names.items() if n in reference.parameter_grads}
         uses = {key: reference.uses[name] for key, name in names.items() if name in reference.uses}
@@ -172,7 +178,7 @@ class Trial(Runs):
             # Decisions were rounded in other places in other modes.
             own = self.mode.name if self._products or any(c.moved for c in low.calls) else ""
             decisions = tuple(d for c in low.calls for d in c.trace.decisions)
-            key = (width * forward_u, width * step, own, self._exact.key, decisions, norms)
+            key = (width * forward_u, width * yardstick.step, own, self._exact.key, decisions, norms)
             made = reference.samples.setdefault(key, [])
             while len(made) <= number:
                 run, _ = self._true(worlds, yardstick.noise(forward_u, len(made), width, norms))
@@ -232,7 +238,7 @@ class Trial(Runs):
             with worlds.standing(true_p, low_p):
                 self.args, self.kwargs = given
                 low = self._low(worlds)
-                run, _ = self._true(worlds)
+                run, _ = self._true(worlds, exchange=Screening(low, (), yardstick))  # its results count, not its calls
         except Exception:
             return None
         finally:

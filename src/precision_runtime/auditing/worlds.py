@@ -159,6 +159,7 @@ class Worlds:
             for shelf in self._base for content in shelf.contents.values() for t, _, _ in content.values
             if t.layout is torch.strided
         }  # fmt: skip
+        self._state |= {true.untyped_storage().data_ptr() for true, _ in self._sources.values() if _strided(true)}
         for module, shelf in zip(self._modules, self._shelves, strict=True):
             if isinstance(module, QuantizedLayer):
                 old, new = shelf.parameters["weight"], module.weight
@@ -177,8 +178,11 @@ class Worlds:
         self.true_parameters = {k: t for k, t in self.true_parameters.items() if k in used}
 
     def is_state(self, t: torch.Tensor) -> bool:
-        """Whether ``t`` shares memory with a tensor that is an attribute: those are put back after each run."""
-        return bool(self._state) and t.layout is torch.strided and t.untyped_storage().data_ptr() in self._state
+        """Whether ``t`` shares memory with what is written to between runs.
+
+        That are tensors that are attributes, which are put back, and FP64 parameters, which are disturbed in place.
+        """
+        return bool(self._state) and _strided(t) and t.untyped_storage().data_ptr() in self._state
 
     @contextmanager
     def low(self) -> Iterator[None]:
@@ -341,6 +345,10 @@ def widen_tree(value: Any) -> Any:
 def clone(value: Any) -> Any:
     """Every tensor of a container or cache object, cloned and detached; containers are new."""
     return map_tensors(lambda t: t.detach().clone(), value)
+
+
+def _strided(t: torch.Tensor) -> bool:
+    return t.layout is torch.strided and not t.is_nested
 
 
 def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

@@ -58,6 +58,6 @@ def run_trial(
     with seeded(seed, device):
         return trial(
             function, tuple(args), dict(kwargs), mode, strategy_for(carrier, device, options or Options()), status,
-            accelerator, gradients, budget, seed, originals or Originals(), references or References(1),
+            accelerator, gradients, budget, seed, originals or Originals(), references or References(0),
             name or name_of(function), False,
         ).report()  # fmt: skip
