@@ -445,7 +445,7 @@ def test_a_gradient_out_of_range_that_reaches_nothing_is_a_remark_and_no_figure(
             self.norm = nn.RMSNorm(16, eps=1e-10)
 
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return self.norm(self.table(ids)) * 4.0
+            return self.norm(self.table(ids)) * 4000.0  # beyond what a smaller incoming gradient would prevent
 
     report = audit(Padded(), torch.tensor([[0, 3, 5, 7], [0, 0, 2, 1]]), mode="16-true")
     assert report.ok, report

@@ -38,7 +38,7 @@ from precision_runtime.tree import map_tensors
 # Without a scaler the incoming gradient of outputs that are no scalar loss is ours to choose, and users' means make it
 # small: a gradient that only our sum over all outputs overflows is nobody's defect, one of a padded row included, which
 # goes nowhere.
-SUM_SCALES = (1.0, 2.0**-4, 2.0**-8, 2.0**-12, 1.0)
+SUM_SCALES = (1.0, 2.0**-4, 2.0**-8, 2.0**-12)
 # Loss scales in the order in which a dynamic scaler comes to them from GradScaler's start of 2^16, four halvings at a
 # time: what lies between the first that keeps gradients finite and the one before is looked for then.
 # GradScaler halves below 1, too, where a loss is as large as a sum over all outputs.

@@ -53,9 +53,9 @@ def execute(
 
     ``cotangent(path, output)`` gives each output's incoming gradient, or None to leave it out. ``scales`` are loss
     scales in the order in which a dynamic scaler would come to them: the first that keeps every gradient finite counts,
-    or one between it and the one before, and the last where none does; ``inside``: every gradient that a module passes
-    on, too, if any of the scales does that. ``graph``: gradients are enabled all the same where there is no
-    ``cotangent``.
+    or one between it and the one before; where none does, the one that loses the fewest. ``inside``: every gradient
+    that a module passes on is to be finite, too, if any of the scales does that. ``graph``: gradients are enabled all
+    the same where there is no ``cotangent``.
     The inputs are copied, so that in-place code changes copies only.
     """
     sources: list[tuple[str, torch.Tensor]] = []
@@ -106,25 +106,31 @@ def differentiate(
         return run
     run.differentiable = True
 
+    lost: dict[float, int] = {}  # by scale, how many gradients are not finite
+
     def backward(scale: float) -> Gradients:
-        return torch.autograd.grad(
+        found = torch.autograd.grad(
             [t for t, _ in incoming],
             targets,
             [_scaled(c, scale, t) for t, c in incoming],
             allow_unused=True,
             retain_graph=len(scales) > 1,
         )
+        lost[scale] = sum(not _finite(g) for g in found if g is not None) if len(scales) > 1 else 0
+        return found
 
-    def finite(found: Gradients) -> bool:
-        return all(_finite(g) for g in found if g is not None)
+    def finite_inside(scale: float) -> bool:
+        handed_on = (g for c in recorder.calls for g in c.input_grads.values() if _is_short(g))
+        return not lost[scale] and all(_finite(g) for g in handed_on)
 
-    def finite_inside(found: Gradients) -> bool:
-        return finite(found) and all(_finite(g) for c in recorder.calls for g in c.input_grads.values() if _is_short(g))
-
+    tests = [finite_inside] if inside and len(scales) > 1 else []
     made = None
-    for test in ((finite_inside, finite) if inside else (finite,)) if len(scales) > 1 else ():
+    for test in (*tests, lambda scale: not lost[scale]):
         made = made or _largest_finite(backward, test, scales)
-    run.scale, found = made or (scales[-1], backward(scales[-1]))
+    if made is None:  # where none keeps all of them finite, the one that loses the fewest
+        scale = min(scales, key=lambda scale: (lost[scale], -scale))
+        made = scale, backward(scale)
+    run.scale, found = made
     run.recomputed, run.leaky = frozenset(recorder.recomputed), frozenset(recorder.leaky)
     run.second_order = recorder.second_order
     found = [g if g is None or g.layout is torch.strided else _dense(g) for g in found]
@@ -138,17 +144,17 @@ def differentiate(
 
 
 def _largest_finite(
-    backward: Callable[[float], Gradients], finite: Callable[[Gradients], bool], scales: Sequence[float]
+    backward: Callable[[float], Gradients], finite: Callable[[float], bool], scales: Sequence[float]
 ) -> tuple[float, Gradients] | None:
     """The loss scale that a dynamic scaler comes to, and the gradients at it: those of the last backward pass made.
 
-    ``scales`` are powers of two; between one that is finite and the one before, which is not, halvings are made up for.
-    None where no gradients are finite.
+    ``scales`` are powers of two; between one that is ``finite`` and the one before, which is not, halvings are made up
+    for. None where no scale is.
     """
     beyond = scales[0]
     for scale in scales:
         found = backward(scale)
-        if finite(found):
+        if finite(scale):
             break
         beyond = scale
     else:
@@ -157,7 +163,7 @@ def _largest_finite(
     while beyond > 2.0 * least:
         last = least * 2.0 ** (math.log2(beyond / least) // 2)
         found = backward(last)
-        least, beyond = (last, beyond) if finite(found) else (least, last)
+        least, beyond = (last, beyond) if finite(last) else (least, last)
     return least, found if last == least else backward(least)
 
 
