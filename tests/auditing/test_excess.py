@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from precision_runtime.auditing.excess import TAIL_RATIO, Pair, flatten_sample, pair
+from precision_runtime.auditing.excess import TAIL_RATIO, Judgement, Pair, flatten_sample, pair
 from precision_runtime.formats import FORMATS
 
 UNITS = st.sampled_from([f.unit_roundoff for f in FORMATS.values()])
@@ -313,3 +313,34 @@ def test_a_few_rows_that_runs_change_wholly_or_not_at_all_are_choices() -> None:
     smooth = [run(tipped=True, by=0.1 * (-1) ** i * (1 + 3 * (i > 15))) for i in range(28)]
     for times in (5, 8, 9, 10, 16):
         assert not is_choice(run(tipped=True, by=0.1 * times), smooth)
+
+
+def test_infinities_of_a_mask_are_held_against_those_that_runs_move() -> None:
+    u, inf = 2.0**-8, torch.inf
+
+    def blocked(*places: int) -> torch.Tensor:
+        mask = torch.zeros(8, 32, dtype=torch.float64)
+        mask[:, ::4] = -inf
+        for place in places:
+            mask[place, 4 * place], mask[place, 4 * place + 1] = 0.0, -inf  # this row sees another place
+        return mask
+
+    def judged(observed: torch.Tensor, *samples: torch.Tensor) -> Judgement:
+        entry = pair("mask", observed, blocked(), u)
+        assert isinstance(entry, Pair)
+        return entry.judge([s.reshape(-1) for s in samples])
+
+    assert judged(blocked()).score == 0.0
+    open_ = judged(blocked(1, 2))
+    assert open_.bound
+    assert math.isinf(open_.score)
+    assert not open_.settled
+    near_ties = [blocked(i % 8, (i + 3) % 8) for i in range(16)]
+    assert judged(blocked(1, 2), *near_ties).score <= 1.0  # two rows here, two rows in each run
+    assert judged(blocked(*range(8)), *near_ties).score > 1.5  # 16 places where 4 + 3 sqrt(4) are granted
+    assert judged(blocked(1, 2), blocked(), blocked()).kind == "range"  # no run moves any
+    assert judged(blocked().masked_fill(blocked() == 0.0, inf), *near_ties).kind == "range"  # another sign
+    assert judged(blocked().masked_fill(blocked() == 0.0, torch.nan), *near_ties).kind == "range"
+    wrong = blocked(1, 2)
+    wrong[5, 5] = 0.25  # and a value that is wrong stays wrong
+    assert judged(wrong, *near_ties).score > 4.0

@@ -291,3 +291,35 @@ def test_a_gradient_of_padding_that_only_our_own_sum_overflows_is_no_finding() -
     report = audit(Padded(), ids, mode="16-true")
     assert report.ok, report
     assert not any(r.kind == "harmless-range" for r in report.remarks), report
+
+
+class Constant(nn.Module):
+    """A norm of rows that are all alike, with an eps that float16 cannot divide by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape (n, 16) in and out."""
+        y = x * 0.0 + self.weight
+        return (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True) + 1e-12).sqrt()
+
+
+class TwoHeads(nn.Module):
+    """One that no scale saves, and one whose gradient only the sum over all outputs overflows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.constant, self.loud = Constant(), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shape (n, 16) to (n, 16) twice."""
+        return self.constant(x), self.loud(x) * 2000.0
+
+
+def test_what_a_smaller_incoming_gradient_saves_is_not_reported_beside_what_none_saves() -> None:
+    torch.manual_seed(0)
+    report = audit(TwoHeads(), inputs(32, 16), mode="16-true")
+    assert {f.module for f in report.findings} <= {"constant", ""}, report
+    assert any(f.module == "constant" and f.kind == "range" for f in report.findings), report

@@ -137,7 +137,8 @@ def _rows(modes: Sequence[Mode], accelerator: str, made: Made, options: argparse
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    references, rows = References(1), []
+    rows: list[Row] = []
+    references = References(1 if options.repair or len(modes) > 1 else 0)  # kept for those who come back to it
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(modes))
         for mode in modes:
