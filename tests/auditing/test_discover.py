@@ -92,6 +92,7 @@ def test_functions_that_call_each_other_end() -> None:
     [
         (A, "Linear"), (functools.partial(functools.partial(B)), "Sequential"), (uses_globals, "uses_globals"),
         (Pipeline().run, "Pipeline.run"), (Pipeline(), "Pipeline"), (lambda x: x, "<lambda>"),
+        (torch.relu, "relu"), (torch.nn.functional.gelu, "gelu"),
     ],
 )  # fmt: skip
 def test_a_report_calls_things_by_their_names(function: Any, name: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import nn
 
 from precision_runtime.unwrapping import bare, inside
@@ -48,7 +49,10 @@ def name_of(function: Any) -> str:
         return type(inside(function)).__name__
     if isinstance(function, functools.partial):
         return name_of(function.func)
-    return str(getattr(function, "__qualname__", type(function).__name__)).rpartition("<locals>.")[2]
+    # torch's functions are methods of a class that nobody knows: _VariableFunctionsClass.relu.
+    known = getattr(torch, str(getattr(function, "__name__", "")), None) is function
+    name = function.__name__ if known else getattr(function, "__qualname__", type(function).__name__)
+    return str(name).rpartition("<locals>.")[2]
 
 
 def _everything(
