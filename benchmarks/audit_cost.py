@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import sys
 import time
@@ -41,11 +42,11 @@ def main() -> int:
     config = GPT2Config(
         n_embd=256, n_layer=6, n_head=4, n_positions=128, vocab_size=5000, bos_token_id=0, eos_token_id=0
     )
-    model = GPT2LMHeadModel(config).eval()
+    model = GPT2LMHeadModel(config).train(False)
     ids = torch.randint(5000, (4, 128))
 
     def audit_in(*modes: str) -> None:
-        references = References()
+        references = References() if len(modes) > 1 else None
         for mode in modes:
             audit(model, mode=mode, kwargs={"input_ids": ids}, gradients=False, references=references)
 
@@ -62,7 +63,7 @@ def main() -> int:
         "audit bf16-true": lambda: audit_in("bf16-true"),
         "audit bf16-mixed": lambda: audit_in("bf16-mixed"),
         "six modes": lambda: audit_in(*NATIVE),
-        **{f"plain {name}": (lambda run=run: run(ids)) for name, run in plain.items()},
+        **{f"plain {name}": functools.partial(run, ids) for name, run in plain.items()},
     }
     seconds = interleaved(measures, options.repeat)
     one = seconds["FP64 forward"]

@@ -74,7 +74,7 @@ def main() -> int:
     if options.one:
         print(json.dumps((plain if options.plain else measure)(options.model, options.one == "gradients")))
         return 0
-    rows = []
+    rows: list[dict[str, Any]] = []
     for model in [options.model] if options.model else list(MODELS):
         for how in ("forward", "gradients"):
             found: dict[str, float] = {}

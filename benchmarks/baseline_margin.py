@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pytest_precision.baseline import MARGIN
 
@@ -51,7 +52,7 @@ def main() -> None:
     _print("other seeds, the same kernels", _differences(figures, lambda place: (*place[:2], place[3])))
 
 
-def _run(options: argparse.Namespace, environment: dict[str, str]) -> list[dict]:
+def _run(options: argparse.Namespace, environment: dict[str, str]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "run.json")
         command = [
@@ -59,7 +60,8 @@ def _run(options: argparse.Namespace, environment: dict[str, str]) -> list[dict]
             f"--seeds={options.seeds}", f"--precision-lanes={options.lanes}", f"--precision-json={file}",
         ]  # fmt: skip
         subprocess.run(command, cwd=ROOT, check=False, capture_output=True, env={**os.environ, **environment})
-        return json.loads(file.read_text(encoding="utf-8"))["rows"]
+        rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["rows"]
+        return rows
 
 
 def _differences(figures: dict[Place, float], group: Callable[[Place], object]) -> list[float]:

@@ -61,8 +61,8 @@ def main() -> int:
     parser.add_argument("--document", type=Path)
     options = parser.parse_args()
     if options.rows:
-        rows = [row for row in json.loads(options.rows.read_text()) if row["case"] not in NO_TRUTH]
-        return told(rows, options.document)
+        known = [row for row in json.loads(options.rows.read_text()) if row["case"] not in NO_TRUTH]
+        return told(known, options.document)
     tasks = [("op", i) for i in range(0, ops_count(), options.every)]
     tasks += [("layer", seed) for seed in range(options.seeds)] + [("model", seed) for seed in range(options.seeds)]
     rows: list[dict[str, Any]] = []

@@ -44,8 +44,7 @@ def main() -> None:
     plain = nn.Linear(width, width)
     layers: dict[str, nn.Module] = {"float32": plain}
     for name in RECIPES:
-        layer = nn.Linear(width, width).to(torch.bfloat16)
-        layers[name] = become_float8(layer, name)
+        layers[name] = become_float8(nn.Linear(width, width).to(torch.bfloat16), name)
     x, gradient = torch.randn(rows, width), torch.randn(rows, width)
     times: dict[str, list[float]] = {name: [] for name in layers}
     for number in range(rounds + 3):

@@ -64,8 +64,12 @@ class Net(nn.Module):
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
-        for layer in self.layers:
-            nn.init.normal_(layer.weight, std=0.02)
+        for weight in self.weights():
+            nn.init.normal_(weight, std=0.02)
+
+    def weights(self) -> list[nn.Parameter]:
+        """Those of the layers, each of shape (width, width)."""
+        return [p for name, p in self.named_parameters() if name.endswith("weight")]
 
 
 def swap(mode: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -84,7 +88,7 @@ def swap(mode: str, options: argparse.Namespace) -> dict[str, Any]:
     for _ in range(options.rounds + 1):  # the first warms up
         model = Net(options.width, options.layers)
         start = time.perf_counter()
-        kept = [library(layer.weight.detach()) for layer in model.layers]
+        kept = [library(weight.detach()) for weight in model.weights()]
         theirs.append(time.perf_counter() - start)
         del kept
         start = time.perf_counter()

@@ -146,7 +146,8 @@ def mels(sound: torch.Tensor, bands: int = 40, size: int = 400) -> torch.Tensor:
     low, centre, high = (edges[i : i + bands, None] for i in range(3))
     rise, fall = (hertz - low) / (centre - low), (high - hertz) / (high - centre)
     weights = torch.minimum(rise, fall).clamp(min=0.0) * 2.0 / (high - low)
-    return (power @ weights.T).float()
+    result: torch.Tensor = (power @ weights.T).float()
+    return result
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -154,8 +155,8 @@ def mels(sound: torch.Tensor, bands: int = 40, size: int = 400) -> torch.Tensor:
 
 def definition(folder: Path, name: str, without: dict[str, dict[str, Any]]) -> types.ModuleType:
     """The file of a package that defines its model, alone; ``without`` stands for modules that it would import."""
-    for module, content in without.items():
-        vars(sys.modules.setdefault(module, types.ModuleType(module))).update(content)
+    for other, content in without.items():
+        vars(sys.modules.setdefault(other, types.ModuleType(other))).update(content)
     spec = importlib.util.spec_from_file_location(f"{folder.name}.{name}", folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

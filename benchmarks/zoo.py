@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -167,11 +168,11 @@ def rows_of(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     sys.path.insert(0, str(options.zoo))
     import torch
-    from zoo import build
 
     from precision_runtime import audit
     from precision_runtime.auditing import References
 
+    build = importlib.import_module("zoo").build  # the collection's file, not this one
     torch.set_num_threads(threads_of(options))
     try:
         model, arguments, keywords = build(name, options.seed, options.trained_like, length=options.length)
@@ -249,7 +250,8 @@ def switch_caches(model: Any, on: bool) -> None:
 
     Not in the configurations of its parts: an encoder's own copy says no on purpose.
     """
-    waiting, seen = [getattr(model, "config", None)], set()
+    waiting: list[Any] = [getattr(model, "config", None)]
+    seen: set[int] = set()
     while waiting:
         config = waiting.pop()
         if not hasattr(config, "to_dict") or id(config) in seen:
