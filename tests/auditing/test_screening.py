@@ -36,11 +36,11 @@ def most_alive(depth: int, references: References | None) -> int:
 
 
 def test_a_deeper_model_needs_no_more_values_in_fp64_at_a_time() -> None:
-    assert most_alive(24, None) <= most_alive(6, None) < 24
+    assert most_alive(48, None) < 16  # inputs, the copies of a call, and what the collector has not found yet
 
 
 def test_a_shared_reference_keeps_them_for_the_next_mode() -> None:
-    assert most_alive(24, References(1)) >= 24
+    assert most_alive(48, References(1)) >= 48
 
 
 class Cancelling(nn.Module):
