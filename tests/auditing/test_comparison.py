@@ -46,3 +46,14 @@ def test_structures_and_shapes_must_agree() -> None:
         compare([torch.ones(1)], torch.ones(1), mode="16-true")
     with pytest.raises(ConfigurationError, match=r"compare\(\) cannot judge: actual has shape \(1,\)"):
         compare(torch.ones(1), torch.ones(2), mode="16-true")
+
+
+def test_an_infinity_where_the_reference_has_others_is_a_range_error_still() -> None:
+    reference = torch.zeros(4, 4, dtype=torch.float64)
+    reference[0] = -torch.inf
+    actual = reference.half()
+    assert compare(actual, reference, mode="16-true").ok
+    actual[1, 1] = -torch.inf
+    (finding,) = compare(actual, reference, mode="16-true").findings
+    assert finding.kind == "range"
+    assert "1 of 16 elements are not finite" in finding.message

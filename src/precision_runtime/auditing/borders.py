@@ -130,7 +130,7 @@ class Borders:
         sheet.add_gradient(name, low, true, u, yardstick.step, self._low.scale)
         if sheet.apart:
             return math.inf
-        return max((j.score for j in sheet.screen(yardstick.limit).values()), default=0.0)
+        return max((j.score for j in sheet.screen(yardstick.limit).judged.values()), default=0.0)
 
 
 def _plain(t: torch.Tensor) -> bool:

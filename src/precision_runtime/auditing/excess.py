@@ -62,7 +62,7 @@ class Judgement:
     @property
     def settled(self) -> bool:
         """Whether logic decided, and no perturbed run can change it."""
-        return self.kind is not None and math.isinf(self.excess)
+        return self.kind is not None and math.isinf(self.excess) and not self.bound
 
     @property
     def score(self) -> float:
@@ -313,7 +313,7 @@ class Pair:
         blocked = self.mask.isinf()
         flips = int((self.observed.isinf() != blocked).sum())
         if not samples:
-            return Judgement(self.tensor, math.inf, 0.0, None, None, flips / n, 1.0, bound=True)
+            return replace(self._range(), bound=True)
         mean = sum(int((s.isinf() != blocked).sum()) for s in samples) / len(samples)
         if mean == 0.0:
             return None

@@ -25,8 +25,9 @@ from precision_runtime.auditing.references import Sample
 from precision_runtime.auditing.replays import Replays, Yardstick
 from precision_runtime.auditing.replicas import FEW, Replicas, replicated
 from precision_runtime.auditing.runs import Run
+from precision_runtime.auditing.screened import Screened, Site
 from precision_runtime.auditing.screening import Screening
-from precision_runtime.auditing.sheet import WIDE, Screened, Sheet, Site, Verdict, input_name, values
+from precision_runtime.auditing.sheet import WIDE, Sheet, Verdict, input_name, values
 from precision_runtime.auditing.uses import Place
 from precision_runtime.auditing.worlds import Worlds
 
@@ -334,8 +335,8 @@ class Judge:
         """What the call is beside its twin, by the values that the twin has, or by what was found when it had them."""
         sheet, seen = self.sheet(call, twin, gradients=gradients), twin.screened or Screened()
         judged = {s: j for s, j in seen.judged.items() if gradients or s[0] == "forward"}
-        apart = [*sheet.apart, *seen.apart]
-        return Screened(judged | sheet.screen(self.yardstick.limit), apart)
+        now = sheet.screen(self.yardstick.limit)
+        return Screened(judged | now.judged, [*now.apart, *seen.apart])
 
     def sheet(self, call: Call, twin: Call, replay: Run | None = None, gradients: bool = True) -> Sheet:
         """The call beside its twin; its parameters' gradients beside the replay's, or (to screen) the whole run's."""

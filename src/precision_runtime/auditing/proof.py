@@ -21,7 +21,8 @@ from precision_runtime.auditing.randomness import reseed
 from precision_runtime.auditing.recorder import Call, Recorder
 from precision_runtime.auditing.references import Sample
 from precision_runtime.auditing.runs import Run, execute, loss_gradient
-from precision_runtime.auditing.sheet import Sheet, Site, Verdict, input_name
+from precision_runtime.auditing.screened import Site
+from precision_runtime.auditing.sheet import Sheet, Verdict, input_name
 from precision_runtime.auditing.worlds import Worlds, clone
 from precision_runtime.casting import TO, cast_tree
 from precision_runtime.modes import Mode

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -13,13 +13,11 @@ from precision_runtime import operands
 from precision_runtime.auditing.dispatch import Trace
 from precision_runtime.auditing.noise import Noise
 from precision_runtime.auditing.randomness import RandomState
+from precision_runtime.auditing.screened import Screened
 from precision_runtime.auditing.snapshots import Snapshots
 from precision_runtime.auditing.unseen import unseen
 from precision_runtime.auditing.worlds import Worlds
 from precision_runtime.tree import leaves, map_tensors
-
-if TYPE_CHECKING:
-    from precision_runtime.auditing.sheet import Screened
 
 
 @dataclass(eq=False)

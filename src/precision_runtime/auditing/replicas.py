@@ -15,7 +15,8 @@ from typing import Protocol
 
 from precision_runtime.auditing.excess import Judgement, Pair
 from precision_runtime.auditing.recorder import Call
-from precision_runtime.auditing.sheet import Sheet, Site
+from precision_runtime.auditing.screened import Site
+from precision_runtime.auditing.sheet import Sheet
 
 FEW = 64  # elements; an rms over fewer is too uncertain after one run
 # A healthy error is about 1, and above 1 in one draw of three. A computation that is off by 9 times stays below 1 in

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from precision_runtime import forwarding
-from precision_runtime.auditing.borders import Borders
 from precision_runtime.auditing.calls import moved_weights
 from precision_runtime.auditing.discover import find_modules
 from precision_runtime.auditing.dispatch import LowWatch, TrueDouble, plain_double
@@ -147,7 +146,7 @@ class Runs:
                 exchange=exchange, snapshots=mode.snapshots,
             )  # fmt: skip
             uses: Uses | None = None
-            if noise is None and self.gradients and not isinstance(exchange, Borders):
+            if noise is None and self.gradients:
                 uses = Uses(self._parameters.values(), recorder)
                 mode.seen = uses.note
             plain = loss_gradient(self.seed)

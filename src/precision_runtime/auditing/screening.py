@@ -6,24 +6,19 @@ of its own. So the FP64 values of all calls together, four times those in a half
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from precision_runtime.auditing.excess import Judgement
 from precision_runtime.auditing.recorder import Call
 from precision_runtime.auditing.replays import Yardstick
 from precision_runtime.auditing.runs import Run
-from precision_runtime.auditing.sheet import Screened, Sheet, Site, input_name, unlike
+from precision_runtime.auditing.screened import Screened, Site
+from precision_runtime.auditing.sheet import Sheet, input_name, unlike
 from precision_runtime.auditing.snapshots import place_of
 from precision_runtime.tree import leaves
-
-# A glance takes in stretches of this many elements, one out of as many as this.
-STRETCH, EVERY = 256, 4096
-GLANCE_MARGIN = 1.25
 
 
 class Screening:
@@ -36,7 +31,7 @@ class Screening:
     def __init__(self, low: Run, calls: Iterable[Call], yardstick: Yardstick, kept: Collection[Call] = ()) -> None:
         self._low, self._yardstick, self._kept = low, yardstick, {id(call) for call in kept}
         # What was judged last, by direction: where it is, its values in FP64, and what was found.
-        self._last: dict[str, tuple[Any, torch.Tensor, Judgement | str | None]] = {}
+        self._last: dict[str, tuple[Any, torch.Tensor | None, Screened]] = {}
         self._twins: dict[tuple[str, int], Call] = {}
         counts: dict[str, int] = {}
         for call in calls:
@@ -79,49 +74,18 @@ class Screening:
     ) -> None:
         """Judge one tensor, unless it is the last one again: modules hand on what their last part returned."""
         places = (place_of(low), place_of(true), u)
-        known, _, judged = self._last.get(site[0], (None, None, None))
+        known, _, seen = self._last.get(site[0], (None, None, Screened()))
         if None in places or places != known:
-            judged = self._judged(site, low, true, u, scale)
-            self._last[site[0]] = places, true, judged  # alive, so that nothing else takes its place in memory
-        if isinstance(judged, Judgement):
+            seen = self._seen(site[0], low, true, u, scale)
+            self._last[site[0]] = places, true, seen  # alive, so that nothing else takes its place in memory
+        for judged in seen.judged.values():
             found.judged[site] = replace(judged, tensor=site[1])
-        elif judged is not None:
-            found.apart.append(f"{site[1]} {judged}")
+        found.apart += seen.apart
 
-    def _judged(
-        self, site: Site, low: torch.Tensor, true: torch.Tensor, u: float, scale: float
-    ) -> Judgement | str | None:
-        limit, step = self._yardstick.limit, self._yardstick.step
-        # Most do not pass deep in a network: what is off was handed on to them. Only a replay, or the run of borders,
-        # says more of these.
-        off = _at_a_glance(low, true, u, step / scale, scale)
-        if off > GLANCE_MARGIN * limit:
-            return Judgement(site[1], off, bound=True)
-        sheet = Sheet()
-        if site[0] == "forward":
+    def _seen(self, where: str, low: torch.Tensor, true: torch.Tensor, u: float, scale: float) -> Screened:
+        sheet, step = Sheet(), self._yardstick.step
+        if where == "forward":
             sheet.add_outputs([("", low)], [("", true)], u, step)
         else:
             sheet.add_gradient("", low, true, u, step, scale)
-        for judged in sheet.screen(limit).values():
-            return judged
-        for sentence in sheet.apart:
-            return sentence.removeprefix("output ")
-        return None
-
-
-def _at_a_glance(low: torch.Tensor, true: torch.Tensor, u: float, step: float, scale: float) -> float:
-    """About how many times one rounding a large tensor is off, by some of its elements; 0 where that is not to be said.
-
-    ``low`` is ``scale`` times as large as it should be; ``step`` is in units of ``true``.
-    """
-    count = true.numel() // EVERY
-    if count < EVERY // STRETCH or true.dtype is not torch.float64 or not low.is_floating_point():
-        return 0.0
-    if any(t.layout is not torch.strided or t.is_nested for t in (low, true)):
-        return 0.0
-    if low.shape != true.shape or low.device != true.device or not (low.is_contiguous() and true.is_contiguous()):
-        return 0.0
-    theirs, ours = (t.view(-1)[: count * EVERY].view(count, EVERY)[:, :STRETCH] for t in (low, true))
-    error = float(torch.linalg.vector_norm(theirs.to(torch.float64) / scale - ours))
-    one = math.hypot(u / math.sqrt(3.0) * float(torch.linalg.vector_norm(ours)), step * math.sqrt(ours.numel()))
-    return error / one if one > 0.0 and math.isfinite(error) else 0.0
+        return sheet.screen(self._yardstick.limit)

@@ -12,8 +12,8 @@ from precision_runtime.auditing.excess import Judgement, Pair, flatten_sample, p
 from precision_runtime.auditing.recorder import Call
 from precision_runtime.auditing.references import Sample
 from precision_runtime.auditing.runs import Run
+from precision_runtime.auditing.screened import Screened, Site
 
-Site = tuple[str, str]  # ("forward" | "backward", tensor)
 # How much wider than u the disturbance of wide runs is (see judge.py).
 WIDE = 4.0
 
@@ -55,9 +55,10 @@ class Sheet:
             for site, entry in self.pairs.items()
         }
 
-    def screen(self, limit: float) -> dict[Site, Judgement]:
+    def screen(self, limit: float) -> Screened:
         """Whether every pair passes without perturbed runs; how badly the others fail is only roughly said."""
-        return {site: entry.judge(locate=limit, quick=True, brief=True) for site, entry in self.pairs.items()}
+        judged = {site: entry.judge(locate=limit, quick=True, brief=True) for site, entry in self.pairs.items()}
+        return Screened(judged, list(self.apart))
 
     def _add(self, where: str, name: str, low: torch.Tensor, true: torch.Tensor, u: float, step: float) -> None:
         made = pair(name, low, true, u, step, gradient=where == "backward")
@@ -65,14 +66,6 @@ class Sheet:
             self.apart.append(made)
         else:
             self.pairs[where, name] = made
-
-
-@dataclass(eq=False)
-class Screened:
-    """What was found of a call whose tensors are gone: judgements, and what could not be put side by side."""
-
-    judged: dict[Site, Judgement] = field(default_factory=dict)
-    apart: list[str] = field(default_factory=list)
 
 
 def unlike(low: int, true: int) -> list[str]:
