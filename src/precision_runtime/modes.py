@@ -110,10 +110,14 @@ GROUPS = MappingProxyType(
 
 # What others call formats. None of these says whether autocast is meant, so none is a name here; likeness of letters
 # alone would lead from fp16 to bf16, which is another format.
+_FP16, _BF16 = ("fp16", "float16", "f16"), ("bfloat16", "bfp16")
 ELSEWHERE = MappingProxyType(
     {
-        **dict.fromkeys(("fp16", "float16", "f16"), ("16-mixed", "16-true")),
-        **dict.fromkeys(("bfloat16", "bfp16"), ("bf16-mixed", "bf16-true")),
+        **dict.fromkeys(_FP16, ("16-mixed", "16-true")),
+        **dict.fromkeys(_BF16, ("bf16-mixed", "bf16-true")),
+        # By the letters alone fp16-mixed would be nearest to bf16-mixed.
+        **{f"{name}-{how}": (f"16-{how}",) for name in _FP16 for how in ("mixed", "true")},
+        **{f"{name}-{how}": (f"bf16-{how}",) for name in _BF16 for how in ("mixed", "true")},
         **dict.fromkeys(("fp32", "float32", "f32", "float"), ("32-true",)),
         **dict.fromkeys(("fp64", "float64", "f64", "double"), ("64-true",)),
         **dict.fromkeys(("float8", "e4m3", "te"), ("transformer-engine",)),

@@ -131,7 +131,7 @@ def test_infinity_where_the_reference_fits_is_an_intermediate_overflow() -> None
     assert (judged.worst.index, judged.worst.reference, judged.worst.beyond) == ((1,), 100.0, 0.5)
     assert judged.note == (
         "1 of 2 elements are not finite; an intermediate value left the range of the dtype, or a division by a flushed "
-        "zero; the result itself fits"
+        "zero; the result itself fits: its dtype holds up to 65504"
     )
 
 

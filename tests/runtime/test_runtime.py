@@ -60,6 +60,12 @@ def test_what_others_call_a_format_leads_to_modes_in_that_format(name, meant):
         PrecisionRuntime(name.upper())
 
 
+def test_half_by_another_name_never_leads_to_the_other_half():
+    for name, meant in {"fp16-mixed": "16-mixed", "float16-true": "16-true", "bfloat16-mixed": "bf16-mixed"}.items():
+        with pytest.raises(UnknownNameError, match=f"Did you mean '{meant}'"):
+            PrecisionRuntime(name)
+
+
 def test_a_mode_that_the_machine_cannot_run_is_refused_and_never_replaced():
     class NoAutocast(Machine):
         def autocast_result(self, accelerator, dtype):

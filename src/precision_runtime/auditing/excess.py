@@ -290,7 +290,7 @@ class Pair:
         else:
             note = (
                 "an intermediate value left the range of the dtype, or a division by a flushed zero; "
-                "the result itself fits"
+                f"the result itself fits: its dtype holds up to {self.maximum:.6g}"
             )
         worst = Worst(
             self.tensor, _unravel(where, self.shape), float(self.observed[where]), reference, 0.0,

@@ -124,8 +124,9 @@ class Runs:
         return lane(self.strategy, self._watch)
 
     def _true(
-        self, worlds: Worlds, noise: Noise | None = None, exchange: Exchange | None = None
+        self, worlds: Worlds, noise: Noise | None = None, exchange: Exchange | None = None, uses: bool = True
     ) -> tuple[Run, TrueDouble]:
+        """One FP64 run, disturbed by ``noise`` or not; ``uses`` notes which calls read a parameter, op by op."""
         moved = moved_weights(self._calls) if noise else {}
         used = worlds.true_parameters.keys() if noise else set()
         buffers = noise.buffers(worlds.true_buffers) if noise and not self.mode.low else None
@@ -145,10 +146,10 @@ class Runs:
                 marks=mode.marks if noise else None, twins=self._calls if noise else (), scale=self._scale,
                 exchange=exchange, snapshots=mode.snapshots,
             )  # fmt: skip
-            uses: Uses | None = None
-            if noise is None and self.gradients:
-                uses = Uses(self._parameters.values(), recorder)
-                mode.seen = uses.note
+            seen: Uses | None = None
+            if uses and noise is None and self.gradients:
+                seen = Uses(self._parameters.values(), recorder)
+                mode.seen = seen.note
             plain = loss_gradient(self.seed)
 
             def incoming(path: str, output: torch.Tensor) -> torch.Tensor | None:
@@ -161,7 +162,7 @@ class Runs:
                     cotangent=incoming if self.gradients else None,
                     parameters=self._parameters.values(),
                 )  # fmt: skip
-        run.uses = uses.found if uses is not None else {}
+        run.uses = seen.found if seen is not None else {}
         return run, mode
 
     def _u_of(self, call: Call | None, where: str = "forward") -> float:

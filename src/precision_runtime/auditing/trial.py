@@ -220,7 +220,7 @@ class Trial(Runs):
         """The FP64 run that goes on with the low-precision run's values at each border; None where it raises."""
         borders = Borders(judge.low, judge.yardstick)
         try:
-            run, _ = self._true(worlds, exchange=borders)
+            run, _ = self._true(worlds, exchange=borders, uses=False)
         except Exception:  # it stands in for replays, which are made then
             return None
         borders.settle(run, judge.replays.owned)
