@@ -483,3 +483,20 @@ def test_a_dtype_that_the_code_itself_narrows_to_in_64_true_is_what_counts() -> 
     linear = nn.Linear(8, 8)
     report = audit(lambda x: linear(x.to(torch.float32).to(torch.float64)), torch.randn(4, 8), mode="64-true")
     assert report.ok, report
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_the_disturbance_of_a_large_tensor_keeps_nothing_for_the_backward_pass(dtype: torch.dtype) -> None:
+    """Its gradient is what the numbers themselves say: t (1 + u xi) / t, times what comes in; and a second one, too."""
+    t = (1.0 + torch.rand(2**20 + 100, dtype=torch.float64)).to(dtype).requires_grad_()
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: kept.append(s.numel()), lambda _: None):
+        disturbed = Noise(2.0**-8, 0, 0)(t)
+    assert not kept
+    weights = torch.linspace(1.0, 2.0, t.numel(), dtype=torch.float64).to(dtype).requires_grad_()
+    (found,) = torch.autograd.grad(disturbed, t, weights, create_graph=True)
+    factor = (disturbed / t).detach()
+    torch.testing.assert_close(found, weights * factor, rtol=1e-14, atol=0.0)
+    assert 0.99 * 2.0**-8 < float((factor - 1.0).abs().max()) <= 2.0**-8 * (1.0 + 1e-12)
+    (second,) = torch.autograd.grad(found.real.sum(), weights)
+    torch.testing.assert_close(second, factor, rtol=1e-14, atol=0.0)

@@ -20,7 +20,7 @@ from precision_runtime.auditing.masking import MASKED, Masking
 from precision_runtime.auditing.noise import Noise, is_count
 from precision_runtime.auditing.randomness import Draw, draw_of
 from precision_runtime.auditing.snapshots import Snapshots
-from precision_runtime.auditing.unseen import made_of_others
+from precision_runtime.auditing.unseen import made_of_others, traced
 from precision_runtime.auditing.writes import Places, places_written
 from precision_runtime.formats import FORMATS
 from precision_runtime.tf32 import rounded_operands
@@ -132,6 +132,8 @@ class TrueDouble(TorchDispatchMode):
         if types and made_of_others(types):
             return NotImplemented
         kwargs = dict(kwargs or {})
+        if traced():
+            return func(*args, **kwargs)
         plan = self._plans.get(func)
         if plan is None:
             aliases = any(a.alias_info is not None for a in func._schema.arguments)
@@ -251,6 +253,8 @@ class LowWatch(TorchDispatchMode):
         if types and made_of_others(types):
             return NotImplemented
         kwargs = dict(kwargs or {})
+        if traced():
+            return func(*args, **kwargs)
         plan = self._plans.get(func)
         if plan is None:
             name = func._schema.name

@@ -50,6 +50,33 @@ def _uniform(start: int, count: int) -> torch.Tensor:
     return out
 
 
+def _xi(start: int, t: torch.Tensor) -> torch.Tensor:
+    """The table's values from ``start`` on, in the shape, dtype and place of ``t``."""
+    return _uniform(start, t.numel()).view(t.shape).to(t.device, t.dtype)
+
+
+class _Relative(torch.autograd.Function):
+    """``t (1 + u xi)`` of a tensor longer than the table, whose backward pass reads xi again instead of keeping it.
+
+    ``addcmul`` would keep xi, which is a copy here and as large as ``t``, until the backward pass.
+    """
+
+    @staticmethod
+    def forward(t: torch.Tensor, u: float, start: int) -> torch.Tensor:
+        xi = _xi(start, t)
+        return torch.addcmul(t, t, xi, value=u, out=xi)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, float, int], output: torch.Tensor) -> None:
+        _, ctx.u, ctx.start = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad,) = grads
+        with torch._C._DisableTorchDispatch():
+            return _Relative.apply(grad, ctx.u, ctx.start), None, None
+
+
 class Noise:
     """Multiplies by (1 + u xi), xi uniform in [-1, 1], from a place of its own in the table (seed and sample).
 
@@ -116,14 +143,12 @@ class Noise:
             return t
         with torch._C._DisableTorchDispatch():  # the audit's own draws are none of the judged code's
             start = int(torch.randint(_PERIOD, (), generator=self._generator))
-            xi = _uniform(start, t.numel()).view(t.shape).to(t.device, t.dtype)
-            if step and not t.is_complex() and u * largest(t.detach()) < _FINE * step:
-                disturbed = torch.addcmul(t, t, xi, value=u)
-                disturbed = torch.addcmul(disturbed, xi, (t != 0).to(t.dtype), value=step / 2.0)
-            elif t.numel() > _PERIOD and not (t.requires_grad and torch.is_grad_enabled()):
-                disturbed = torch.addcmul(t, t, xi, value=u, out=xi)  # xi is a copy here, and a large weight's is large
+            if t.numel() > _PERIOD:
+                disturbed: torch.Tensor = _Relative.apply(t, u, start)
             else:
-                disturbed = torch.addcmul(t, t, xi, value=u)
+                disturbed = torch.addcmul(t, t, _xi(start, t), value=u)
+            if step and not t.is_complex() and u * largest(t.detach()) < _FINE * step:
+                disturbed = torch.addcmul(disturbed, _xi(start, t), (t != 0).to(t.dtype), value=step / 2.0)
             if not math.isfinite(abs(disturbed.detach().sum())):  # a mask of FP64's own largest value is no operand
                 disturbed = torch.where(disturbed.isfinite(), disturbed, t)
         return disturbed

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from precision_runtime.auditing.dispatch import PRODUCTS, Trace, TrueDouble
 from precision_runtime.auditing.randomness import draw_of
 from precision_runtime.auditing.shadow import Shadows, own, tensors_of
-from precision_runtime.auditing.unseen import made_of_others
+from precision_runtime.auditing.unseen import made_of_others, traced
 
 # Ops whose result holds whatever was in memory.
 _GARBAGE = frozenset(f"aten::{n}" for n in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
@@ -90,13 +90,15 @@ class Observer(TorchDispatchMode):
         if types and made_of_others(types):
             return NotImplemented
         kwargs = dict(kwargs or {})
+        if traced():
+            return func(*args, **kwargs)
         if not self.active:
             return func(*args, **kwargs)
         plan = self._plans.get(func)
         if plan is None:
             plan = self._plans[func] = plan_of(func)
         site, backward = self._site(plan.name)
-        if plan.views:
+        if plan.views or _shapes_only(args):
             return func(*args, **kwargs)
         if plan.foreign and any(t.dtype in _PACKED for t in tensors_of((args, kwargs))):
             plan = replace(plan, fixed=True)  # scales in FP64 would mean other values to it
@@ -187,3 +189,8 @@ def _text_of(filename: str, number: int) -> str:
     if "/torch/" in path or "/precision_runtime/" in path or path.startswith("<"):
         return ""
     return f"{path.rpartition('/')[2]}:{number}: {linecache.getline(filename, number).strip()}"
+
+
+def _shapes_only(args: Sequence[Any]) -> bool:
+    """Whether an op works out a result's shape only, as torch's own decompositions do of forward-mode derivatives."""
+    return any(isinstance(a, torch.Tensor) and a.is_meta for a in args)

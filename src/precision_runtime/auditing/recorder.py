@@ -15,7 +15,7 @@ from precision_runtime.auditing.noise import Noise
 from precision_runtime.auditing.randomness import RandomState
 from precision_runtime.auditing.screened import Screened
 from precision_runtime.auditing.snapshots import Snapshots
-from precision_runtime.auditing.unseen import unseen
+from precision_runtime.auditing.unseen import transformed, unseen
 from precision_runtime.auditing.worlds import Worlds
 from precision_runtime.tree import leaves, map_tensors
 
@@ -160,10 +160,14 @@ class Recorder:
         return self._open[-1] if self._open else None
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if transformed():
+            return None
         with unseen(args, kwargs):
             return self._before(module, args, kwargs)
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if transformed():
+            return None
         with unseen(args, kwargs, output):
             return self._after(module, args, kwargs, output)
 

@@ -115,8 +115,10 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
 
 
 def is_plain(t: torch.Tensor) -> bool:
-    """Whether the tensor has a storage that its sizes and strides describe."""
-    return t.layout is torch.strided and not t.is_nested and not t.is_quantized and t.device.type != "meta"
+    """Whether the tensor has a storage that its sizes and strides describe (forward-mode zeros have no memory)."""
+    if t.layout is not torch.strided or t.is_nested or t.is_quantized or t.device.type == "meta":
+        return False
+    return not t._is_zerotensor()
 
 
 def key_of(t: torch.Tensor) -> int | None:

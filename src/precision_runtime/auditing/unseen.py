@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 from precision_runtime.tree import leaves
@@ -40,3 +41,17 @@ def made_of_others(types: Iterable[type]) -> bool:
     A mode that answers NotImplemented then sees the ops on those others instead: they hold the numbers.
     """
     return any(hasattr(kind, "__tensor_flatten__") for kind in types)
+
+
+def transformed() -> bool:
+    """Whether code runs inside a transform of ``torch.func``, or where tensors carry tangents (forward mode).
+
+    Tensors of a transform stand for others: they have no storage to take a snapshot of, and no number that Python could
+    ask for. What a call with tangents computes is more than its inputs and results show.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def traced() -> bool:
+    """Whether ``make_fx`` writes down what runs, on tensors whose numbers nobody may ask for; the graph runs later."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None

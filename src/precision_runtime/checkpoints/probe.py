@@ -21,6 +21,7 @@ from precision_runtime.auditing.excess import flatten_sample, pair
 from precision_runtime.auditing.noise import Exact, Noise
 from precision_runtime.auditing.originals import Originals
 from precision_runtime.auditing.randomness import seeded
+from precision_runtime.auditing.unseen import transformed
 from precision_runtime.auditing.worlds import Worlds, widen_tree
 from precision_runtime.checkpoints.changes import ProbeResult
 from precision_runtime.errors import ConfigurationError
@@ -191,7 +192,7 @@ def _doubles(
 
 def _disturbing(noise: Noise) -> Callable[[nn.Module, Any, Any], Any]:
     def hook(module: nn.Module, args: Any, result: Any) -> Any:
-        return map_tensors(noise.rounded, result, objects=False)
+        return None if transformed() else map_tensors(noise.rounded, result, objects=False)
 
     return hook
 

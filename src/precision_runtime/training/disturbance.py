@@ -19,6 +19,7 @@ from precision_runtime.auditing.dispatch import TrueDouble, plain_double
 from precision_runtime.auditing.masking import Masking
 from precision_runtime.auditing.noise import Exact, Noise
 from precision_runtime.auditing.recurrent import noisy_states
+from precision_runtime.auditing.unseen import transformed
 from precision_runtime.training.course import Observer, held
 from precision_runtime.tree import map_tensors
 
@@ -129,6 +130,8 @@ class Disturbed(Double):
 
     def _result(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, args: Any, result: Any) -> Any:
+            if transformed():
+                return None
             number = self._counts[name] = self._counts.get(name, 0) + 1
             noise = self._noise.fixed(f"result {number} of {name}")
             if isinstance(result, torch.Tensor):
