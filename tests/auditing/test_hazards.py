@@ -435,21 +435,45 @@ def test_the_rounding_of_a_norm_is_shared_by_its_row_and_no_finding() -> None:
     assert report.ok, report
 
 
+class Padded(nn.Module):
+    """The row of the padding token is zero; a norm with a small eps makes its gradient huge, and it is dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(12, 16, padding_idx=0)
+        self.norm = nn.RMSNorm(16, eps=1e-10)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.table(ids)) * 4000.0  # beyond what a smaller incoming gradient would prevent
+
+
+PADDED = torch.tensor([[0, 3, 5, 7], [0, 0, 2, 1]])
+
+
 def test_a_gradient_out_of_range_that_reaches_nothing_is_a_remark_and_no_figure() -> None:
-    class Padded(nn.Module):
-        """The row of the padding token is zero; a norm with a small eps makes its gradient huge, and it is dropped."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.Embedding(12, 16, padding_idx=0)
-            self.norm = nn.RMSNorm(16, eps=1e-10)
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return self.norm(self.table(ids)) * 4000.0  # beyond what a smaller incoming gradient would prevent
-
-    report = audit(Padded(), torch.tensor([[0, 3, 5, 7], [0, 0, 2, 1]]), mode="16-true")
+    report = audit(Padded(), PADDED, mode="16-true")
     assert report.ok, report
     assert report.lost_bits < 2, report
+    assert "harmless-range" in {remark.kind for remark in report.remarks}, report
+
+
+def test_a_gradient_out_of_range_that_reaches_nothing_is_no_finding_beside_gradients_that_are_wrong() -> None:
+    """Its rows are dropped; what is wrong elsewhere is finite, which no infinity becomes in a backward pass."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.padded, self.linear, self.unstable = Padded(), nn.Linear(16, 16), Unstable()
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.padded(ids)
+            return x + self.unstable(self.linear(x / 4000.0) + 30.0)
+
+    torch.manual_seed(0)
+    report = audit(Both(), PADDED, mode="16-true")
+    assert {f.module for f in report.findings} <= {"", "unstable"}, report
+    assert any(f.where == "backward" for f in report.findings), report
+    assert "range" not in {f.kind for f in report.findings}, report
     assert "harmless-range" in {remark.kind for remark in report.remarks}, report
 
 

@@ -31,9 +31,11 @@ def findings_of(
     findings: list[tuple[Finding, Verdict]] = []
     remarks: list[Remark] = []
     steep_inside: set[int] = set()
-    whole_backward = any(v.failed for v in judge.verdicts if v.call is None and v.where == "backward")
+    # A backward pass is linear: what is infinite inside makes no gradient finite and wrong.
+    final = [v for v in judge.verdicts if v.call is None and v.where == "backward" and v.failed]
+    arrives = any(v.worst.kind == "range" for v in final)
     for verdict in sorted(judge.verdicts, key=_upstream_first):
-        if verdict.failed and verdict.where == "backward" and verdict.worst.settled and not whole_backward:
+        if verdict.failed and verdict.where == "backward" and verdict.worst.settled and not arrives:
             # A gradient inside that leaves the range but reaches no parameter and no input: that of a padded row,
             # which the embedding drops, or of a branch that weighs nothing.
             remarks.append(

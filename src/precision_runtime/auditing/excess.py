@@ -290,8 +290,10 @@ class Pair:
         else:
             note = (
                 "an intermediate value left the range of the dtype, or a division by a flushed zero; "
-                f"the result itself fits: its dtype holds up to {self.maximum:.6g}"
+                "the result itself fits"
             )
+            # A gradient that has been divided by the loss scale is in FP64, whatever it was before.
+            note += f": its dtype holds up to {self.maximum:.6g}" if self.maximum < SENTINEL else ""
         worst = Worst(
             self.tensor, _unravel(where, self.shape), float(self.observed[where]), reference, 0.0,
             count / max(1, self.reference.numel()),
