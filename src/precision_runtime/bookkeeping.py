@@ -7,7 +7,6 @@ that were open at that number are known: no hook on a tensor is needed.
 
 from __future__ import annotations
 
-import sys
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -16,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._ops import HigherOrderOperator
 
+from precision_runtime.dispatching import OwnMode, opened
+from precision_runtime.uncompiled import stance
 from precision_runtime.work import Kind, Work, work_of
 
 OUTSIDE = "(outside of any module)"
@@ -37,19 +38,13 @@ class Key:
     dtype: str
 
 
-class Bookkeeper(TorchDispatchMode):
+class Bookkeeper(OwnMode):
     """Sums the work of all ops that run inside, in this thread and in the backward passes that it starts.
 
     ``modules`` are those that work is put down to, by path. ``tf32``: products of float32 whose operands have TF32's
     bits are TF32's. Compiled modules run eagerly meanwhile, and fused fast paths of torch's transformer layers are off:
     what they would run is the same arithmetic, but nobody could see into it.
     """
-
-    supports_higher_order_operators = True
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # the compiler is told to stay away once and for all below; torch's own guard costs much per op
 
     def __init__(self, modules: Mapping[str, nn.Module], tf32: bool = False) -> None:
         super().__init__()
@@ -67,9 +62,7 @@ class Bookkeeper(TorchDispatchMode):
 
     def __enter__(self) -> Bookkeeper:
         with ExitStack() as exits:
-            if "torch._dynamo" in sys.modules:  # where the compiler has not been loaded nothing is compiled
-                stance = torch.compiler.set_stance("force_eager")
-                exits.callback(stance.__exit__, None, None, None)
+            exits.enter_context(stance("force_eager"))
             if torch.backends.mha.get_fastpath_enabled():
                 torch.backends.mha.set_fastpath_enabled(False)
                 exits.callback(torch.backends.mha.set_fastpath_enabled, True)
@@ -88,6 +81,8 @@ class Bookkeeper(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return opened(self, func, args, kwargs)
         result = func(*args, **kwargs)
         try:
             work = self._plans[func]

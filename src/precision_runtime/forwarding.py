@@ -7,8 +7,8 @@ set-up model can be pickled and deep-copied, and the copy calls its own forward.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
 from functools import partial
 from types import MethodType, TracebackType
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from precision_runtime.errors import ConfigurationError
+from precision_runtime.uncompiled import stance
 
 if TYPE_CHECKING:
     from precision_runtime.strategies import Strategy
@@ -166,8 +167,7 @@ class suspended:  # noqa: N801  # reads as the verb that it is: with suspended()
     """
 
     def __enter__(self) -> None:
-        # Where the compiler has not been loaded nothing is compiled, and loading it takes seconds.
-        self._stance: Any = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
+        self._stance = stance("force_eager")
         self._token: Token[bool] = _SUSPENDED.set(True)
         _SUSPENSIONS.append(None)
         self._enabled = [device for device in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
@@ -181,8 +181,12 @@ class suspended:  # noqa: N801  # reads as the verb that it is: with suspended()
             torch.set_autocast_enabled(device, True)
         _SUSPENSIONS.pop()
         _SUSPENDED.reset(self._token)
-        if self._stance is not None:
-            self._stance.__exit__(kind, error, trace)
+        self._stance.__exit__(kind, error, trace)
+
+
+def compiling() -> AbstractContextManager[Any]:
+    """Inside ``suspended()``, what is to be compiled is compiled after all."""
+    return stance("default")
 
 
 def is_suspended() -> bool:

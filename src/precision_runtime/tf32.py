@@ -18,10 +18,12 @@ from types import MappingProxyType, TracebackType
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from precision_runtime.dispatching import OwnMode, opened
 from precision_runtime.errors import UnsupportedError
+from precision_runtime.uncompiled import stance
 
 aten = torch.ops.aten
 
@@ -45,7 +47,7 @@ def round_to_tf32(tensor: torch.Tensor) -> torch.Tensor:
     return torch.where(tensor.isfinite(), rounded, bits).view(torch.float32)
 
 
-class Tf32Products(TorchDispatchMode):
+class Tf32Products(OwnMode):
     """Inside, the float32 operands of every matrix product and convolution are rounded to TF32 first.
 
     It sits below autograd and sees what composite functions (einsum, attention, GRU) and the backward pass are made of.
@@ -57,6 +59,8 @@ class Tf32Products(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if isinstance(func, HigherOrderOperator):
+            return opened(self, func, args, kwargs)
         packet = func.overloadpacket
         special = _SPECIAL.get(packet)
         if special is not None:
@@ -150,6 +154,7 @@ class Emulated:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
             torch.backends.mha.set_fastpath_enabled(False)  # nn.MultiheadAttention's one kernel for all it does
+            stack.enter_context(stance("force_eager"))  # compiled code would hide its products
             stack.enter_context(Tf32Products())
             self._stack = stack.pop_all()
         _here.active = True

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._ops import HigherOrderOperator
 
 from precision_runtime import forwarding
 from precision_runtime.auditing.defects import KnownDefect, defect_of
@@ -22,6 +22,7 @@ from precision_runtime.auditing.randomness import Draw, draw_of
 from precision_runtime.auditing.snapshots import Snapshots
 from precision_runtime.auditing.unseen import made_of_others, traced
 from precision_runtime.auditing.writes import Places, places_written
+from precision_runtime.dispatching import OwnMode, opened
 from precision_runtime.formats import FORMATS
 from precision_runtime.tf32 import rounded_operands
 
@@ -93,7 +94,7 @@ _CANCELLING = frozenset(
 _NORMS = frozenset(("aten::linalg_vector_norm", "aten::norm"))
 
 
-class TrueDouble(TorchDispatchMode):
+class TrueDouble(OwnMode):
     """Every floating computation in FP64, also where user code asks for another dtype.
 
     - a floating ``dtype=`` narrower than 64 bits (``.float()``, ``softmax(dtype=...)``, factories) becomes FP64;
@@ -107,10 +108,6 @@ class TrueDouble(TorchDispatchMode):
     to the same place. ``marks`` says so: an iterator for each open module call, innermost last. ``products`` is the
     unit roundoff of the operands of matrix products and convolutions where a mode rounds those more coarsely.
     """
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # torch's guard against its compiler costs more than what is done here with most ops
 
     def __init__(
         self, noise: Noise | None = None, marks: Sequence[bool] = (), masking: Masking | None = None,
@@ -136,6 +133,8 @@ class TrueDouble(TorchDispatchMode):
             return func(*args, **kwargs)
         plan = self._plans.get(func)
         if plan is None:
+            if isinstance(func, HigherOrderOperator):
+                return opened(self, func, args, kwargs)
             aliases = any(a.alias_info is not None for a in func._schema.arguments)
             plan = self._plans[func] = (draw_of(func), aliases, places_written(func))
         draw, aliases, places = plan
@@ -225,7 +224,7 @@ class Trace:
         self.terms = max(self.terms, inner.terms)
 
 
-class LowWatch(TorchDispatchMode):
+class LowWatch(OwnMode):
     """Runs the low-precision code as it is, with canonical draws, and notes what it did.
 
     ``frames`` holds what the ops did in each open module call, innermost last; ``frames[0]`` is the whole run.
@@ -235,8 +234,9 @@ class LowWatch(TorchDispatchMode):
     """
 
     @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # torch's guard against its compiler costs more than what is done here with most ops
+    def ignore_compile_internals(cls) -> bool:
+        """Whether code that torch compiles is compiled under this mode, too: it is judged as it will run."""
+        return True
 
     def __init__(self, low: torch.dtype, masking: Masking | None = None, copying: bool = False) -> None:
         super().__init__()
@@ -257,6 +257,8 @@ class LowWatch(TorchDispatchMode):
             return func(*args, **kwargs)
         plan = self._plans.get(func)
         if plan is None:
+            if isinstance(func, HigherOrderOperator):
+                return opened(self, func, args, kwargs)
             name = func._schema.name
             plan = self._plans[func] = (draw_of(func), name in PRODUCTS, defect_of(name), places_written(func))
         draw, product, defect, places = plan

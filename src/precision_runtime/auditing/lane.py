@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,8 +21,22 @@ def lane(strategy: Strategy, watch: LowWatch) -> Iterator[None]:
     Raises ``AuditError`` where the mode is autocast and torch switched it off without a word.
     """
     device = strategy.device.type
-    with strategy.autocast():
+    with strategy.autocast(), _unheard():
         if strategy.mode.autocast and not torch.is_autocast_enabled(device):
             raise AuditError(f"autocast takes no effect on {device}: torch switched it off silently")
         watch.frames[0] = Trace()
+        yield
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Without a warning of torch's compiler about inputs that are no leaves, as an audit's are.
+
+    The compiler only keeps it from being shown, so that warnings taken for errors would end the compilation.
+    """
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
         yield

@@ -13,12 +13,13 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._ops import HigherOrderOperator
 
 from precision_runtime.auditing.dispatch import PRODUCTS, Trace, TrueDouble
 from precision_runtime.auditing.randomness import draw_of
 from precision_runtime.auditing.shadow import Shadows, own, tensors_of
 from precision_runtime.auditing.unseen import made_of_others, traced
+from precision_runtime.dispatching import OwnMode, opened
 
 # Ops whose result holds whatever was in memory.
 _GARBAGE = frozenset(f"aten::{n}" for n in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
@@ -61,16 +62,12 @@ class Plan:
     garbage: bool
 
 
-class Observer(TorchDispatchMode):
+class Observer(OwnMode):
     """Numbers the ops of one run and knows their sites; subclasses say in ``follow`` what to do with them.
 
     Inactive until ``begin``. ``double`` computes ops in FP64. ``frames`` is the stack of the run's ``LowWatch``: as
     deep as module calls are nested. Ops deeper than ``depth`` are inner ones.
     """
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # torch's guard against its compiler costs more than what is done here with most ops
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,6 +93,8 @@ class Observer(TorchDispatchMode):
             return func(*args, **kwargs)
         plan = self._plans.get(func)
         if plan is None:
+            if isinstance(func, HigherOrderOperator):
+                return opened(self, func, args, kwargs)
             plan = self._plans[func] = plan_of(func)
         site, backward = self._site(plan.name)
         if plan.views or _shapes_only(args):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from precision_runtime.auditing.worlds import Worlds, clone
 from precision_runtime.casting import TO, cast_tree
 from precision_runtime.modes import Mode
 from precision_runtime.strategies import Strategy
+from precision_runtime.uncompiled import stance
 
 # Perturbed runs that a proof is judged by: it must only tell a repaired call from a failing one.
 SAMPLES = 8
@@ -67,8 +67,7 @@ class Stage:
                 yield
 
         with ExitStack() as stack:
-            if "torch._dynamo" in sys.modules:  # compiled code shows no dispatch mode its ops
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(stance("force_eager"))  # compiled code shows no dispatch mode its ops
             stack.enter_context(self.worlds.low())
             stack.enter_context(torch.autocast(device, enabled=False))
             stack.enter_context(watch)

@@ -18,6 +18,7 @@ from precision_runtime.auditing.snapshots import Snapshots
 from precision_runtime.auditing.unseen import transformed, unseen
 from precision_runtime.auditing.worlds import Worlds
 from precision_runtime.tree import leaves, map_tensors
+from precision_runtime.uncompiled import uncompiled
 
 
 @dataclass(eq=False)
@@ -159,12 +160,14 @@ class Recorder:
         """The call that is open and has no open call inside it."""
         return self._open[-1] if self._open else None
 
+    @uncompiled
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if transformed():
             return None
         with unseen(args, kwargs):
             return self._before(module, args, kwargs)
 
+    @uncompiled
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if transformed():
             return None

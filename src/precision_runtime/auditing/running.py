@@ -188,7 +188,7 @@ class Runs:
         single = {k: t.to(torch.float32) if t.dtype == torch.float64 else t for k, t in worlds.true_parameters.items()}
         buffers = {k: t.to(torch.float32) if t.dtype == torch.float64 else t for k, t in worlds.true_buffers.items()}
         try:
-            with worlds.true(parameters=single, buffers=buffers), forwarding.suspended():
+            with worlds.true(parameters=single, buffers=buffers), forwarding.suspended(), forwarding.compiling():
                 reseed(self.seed)
                 args, kwargs = cast_tree(clone((self.args, self.kwargs)), TO[torch.float32])
                 recorder = Recorder({}, worlds)

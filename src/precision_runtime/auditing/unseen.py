@@ -44,11 +44,14 @@ def made_of_others(types: Iterable[type]) -> bool:
 
 
 def transformed() -> bool:
-    """Whether code runs inside a transform of ``torch.func``, or where tensors carry tangents (forward mode).
+    """Whether code runs inside a transform of ``torch.func``, where tensors carry tangents, or is read by the compiler.
 
     Tensors of a transform stand for others: they have no storage to take a snapshot of, and no number that Python could
-    ask for. What a call with tangents computes is more than its inputs and results show.
+    ask for. What a call with tangents (forward mode) computes is more than its inputs and results show. The compiler
+    also reads the code that ``torch.cond`` and ``flex_attention`` are given.
     """
+    if torch.compiler.is_compiling():
+        return True
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 

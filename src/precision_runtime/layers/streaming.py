@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
 from precision_runtime.building import Building
+from precision_runtime.dispatching import OwnMode, opened
 from precision_runtime.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -147,7 +149,7 @@ def all_finite(values: torch.Tensor) -> bool:
     return bool(torch.isfinite(low.float()) & torch.isfinite(high.float()))
 
 
-class Watch(TorchDispatchMode):
+class Watch(OwnMode):
     """Sees every operation of its thread; keeps one of the weights that it was shown in memory, or those in use."""
 
     def __init__(self, pack: Pack, choosy: bool) -> None:
@@ -182,6 +184,8 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return opened(self, func, args, kwargs)
         tensors = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, torch.Tensor)]
         found = {id(t): w for t in tensors if (w := self.of(t)) is not None}
         if not found and _elements(func, args) >= _LARGE:
