@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from typing import Any
@@ -198,6 +199,34 @@ def test_shared_references_change_no_report(gradients: bool) -> None:
     for mode in ("16-true", "bf16-true", "16-mixed", "bf16-mixed", "32-true"):
         alone = audit(module, x, mode=mode, gradients=gradients).to_dict()
         assert audit(module, x, mode=mode, gradients=gradients, references=shared).to_dict() == alone
+
+
+class Padded(nn.Module):
+    """A softmax by hand whose last row is masked entirely, by a number that only float16 takes for infinity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.query(x) @ self.key(x).mT
+        hidden = torch.zeros_like(scores)
+        hidden[-1] = self.number
+        return torch.softmax(scores + hidden, -1) @ x
+
+    number = -50000.0
+
+
+@pytest.mark.parametrize("number", [-50000.0, -1e10, -3e38, -math.inf])
+def test_shared_references_change_no_report_where_a_mask_means_more_in_one_format_than_in_another(
+    number: float,
+) -> None:
+    torch.manual_seed(1)
+    x, module, shared = torch.randn(8, 16), Padded(), References()
+    module.number = number
+    for mode in ("16-mixed", "bf16-mixed", "16-true", "32-true", "bf16-true"):
+        alone = repr(audit(module, x, mode=mode).to_dict())  # NaN equals no other NaN
+        assert repr(audit(module, x, mode=mode, references=shared).to_dict()) == alone, mode
 
 
 @pytest.mark.parametrize("change", ["nothing", "weights", "buffers", "inputs", "seed", "gradients", "name"])

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from precision_runtime.formats import Format
+from precision_runtime.formats import FORMATS, Format
 
 _BY_HAND = "aten::_softmax"
 _SOFTMAX = frozenset(("aten::_safe_softmax", _BY_HAND))
@@ -38,13 +38,29 @@ MASKED = _SOFTMAX | _ATTENTION | _BACKWARD | _CHOICES
 # hides all scores of a row, and what FP64 still tells apart there nobody gets.
 SWALLOWED = 2.0**26
 
+# What is above the first is masked in no format, what is below the second is in every one.
+_SOMEWHERE, _EVERYWHERE = -FORMATS["float16"].max / 2.0, -FORMATS["float64"].max / 2.0
+
 
 class Masking:
-    """Runs the ops of ``MASKED``. Half of the largest value of ``format_``, negative, is what no score comes to."""
+    """Runs the ops of ``MASKED``. Half of the largest value of ``format_``, negative, is what no score comes to.
+
+    ``masked`` and ``depends`` say of the FP64 runs so far whether they have masked any score, and whether they might
+    have masked others with the limit of another format: then they are no reference for a mode in that format.
+    """
 
     def __init__(self, format_: Format) -> None:
         self._limit = -format_.max / 2.0
         self.spilt = False  # a score has become -inf by a mask that is finite
+        self.masked = self.depends = False
+
+    def serves(self, other: Masking) -> bool:
+        """Whether runs with this one are what they would be with ``other``.
+
+        bfloat16 and float32 end at about the same number, and a mask's constant is not between these.
+        """
+        alike = 0.9 < self._limit / other._limit < 1.1
+        return (alike or not self.depends) and (self.spilt == other.spilt or not self.masked)
 
     def watch(self, scores: torch.Tensor, mask: object, total: torch.Tensor) -> None:
         """Look at a sum of the low-precision run for a score that its mask has made -inf."""
@@ -65,7 +81,7 @@ class Masking:
             scores, dim, result = args[0], int(args[1]), func(*args, **kwargs)
             if name != _BY_HAND:
                 return self._settled(result, scores, dim)
-            return result if self.spilt else self._settled(result, scores, dim, 1.0 / max(1, result.shape[dim]))
+            return self._settled(result, scores, dim, None if self.spilt else 1.0 / max(1, result.shape[dim]))
         if name in _CHOICES:
             return self._chosen(func, args, kwargs)
         shift = 1 if name in _BACKWARD else 0
@@ -73,7 +89,7 @@ class Masking:
         if not isinstance(mask, torch.Tensor) or not mask.is_floating_point():
             return func(*args, **kwargs)
         if shift:
-            rows = (mask <= self._limit).all(-1, keepdim=True)
+            rows = self._below(mask.amax(-1, keepdim=True), self._limit)
             return func(args[0].masked_fill(rows, 0.0), *args[1:], **kwargs) if rows.any() else func(*args, **kwargs)
         first, *others = func(*args, **kwargs)
         return (self._settled(first, mask, -1), *others)
@@ -82,7 +98,7 @@ class Masking:
         scores, result = args[0], func(*args, **kwargs)
         if not scores.is_floating_point() or not scores.dim() or not scores.numel():
             return result
-        masked = scores <= self._limit
+        masked = self._below(scores, self._limit)
         if not masked.any() or bool(scores.amax() <= self._limit):
             return result
         _, indices = func(scores.masked_fill(masked, self._limit), *args[1:], **kwargs)
@@ -90,10 +106,20 @@ class Masking:
         dim = kwargs.get("dim", args[names.index("dim")] if len(args) > names.index("dim") else -1)
         return type(result)((scores.gather(dim, indices), indices))
 
-    def _settled(self, result: torch.Tensor, scores: torch.Tensor, dim: int, to: float = 0.0) -> torch.Tensor:
+    def _below(self, scores: torch.Tensor, limit: float) -> torch.Tensor:
+        """Where ``scores`` are no larger than ``limit``; notes whether other formats have other such places."""
+        if scores.dtype is torch.float64 and not self.depends:
+            lowest = float(scores.amin())
+            self.masked |= lowest <= _SOMEWHERE
+            if self.masked:
+                self.depends = bool(((scores <= _SOMEWHERE) & (scores > _EVERYWHERE)).any())
+        return scores <= limit
+
+    def _settled(self, result: torch.Tensor, scores: torch.Tensor, dim: int, to: float | None = 0.0) -> torch.Tensor:
+        """The result with rows that are masked entirely made ``to``; None leaves them as they are."""
         if not scores.is_floating_point() or not scores.dim() or not scores.numel():
             return result
-        rows = scores.amax(dim, keepdim=True) <= max(self._limit, -SWALLOWED)
-        if not rows.any():
+        rows = self._below(scores.amax(dim, keepdim=True), max(self._limit, -SWALLOWED))
+        if to is None or not rows.any():
             return result
         return result.masked_fill(rows & result.isfinite(), to)

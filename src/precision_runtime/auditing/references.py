@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from precision_runtime.auditing.masking import Masking
 from precision_runtime.auditing.runs import Run
 from precision_runtime.auditing.uses import Place
 from precision_runtime.tree import leaves
@@ -25,6 +26,7 @@ class Reference:
     buffers: list[torch.Tensor]
     run: Run
     parameter_grads: dict[str, torch.Tensor]  # by name: parameter objects differ from lane to lane
+    masking: Masking
     fallbacks: frozenset[str] = frozenset()
     uses: dict[str, frozenset[Place]] = field(default_factory=dict)  # of the parameters, by name
     samples: dict[Hashable, list[Sample]] = field(default_factory=dict)
@@ -51,13 +53,14 @@ class References:
 
     def find(
         self, name: str, seed: int, gradients: bool, inputs: Any, parameters: Mapping[int, torch.Tensor],
-        buffers: Mapping[tuple[int, str], torch.Tensor],
+        buffers: Mapping[tuple[int, str], torch.Tensor], masking: Masking,
     ) -> Reference | None:  # fmt: skip
-        """The entry for exactly these values, or None."""
+        """The entry for exactly these values and that masks the same scores, or None."""
         given = list(leaves(inputs))
         for entry in self._entries:
             if (
                 (entry.name, entry.seed, entry.gradients) == (name, seed, gradients)
+                and entry.masking.serves(masking)
                 and [p for p, _ in entry.inputs] == [p for p, _ in given]
                 and _equal([t for _, t in entry.inputs], [t for _, t in given])
                 and _equal(entry.parameters, list(parameters.values()))

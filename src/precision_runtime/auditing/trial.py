@@ -129,7 +129,7 @@ class Trial(Runs):
     def _reference(self, worlds: Worlds, low: Run) -> Reference:
         inputs = widen_tree((self.args, self.kwargs))
         found = self.references.find(
-            self.name, self.seed, self.gradients, inputs, worlds.true_parameters, worlds.true_buffers
+            self.name, self.seed, self.gradients, inputs, worlds.true_parameters, worlds.true_buffers, self._masking
         )
         if found is not None:
             return found
@@ -140,7 +140,8 @@ class Trial(Runs):
         entry = Reference(
             self.name, self.seed, self.gradients, list(leaves(inputs)), list(worlds.true_parameters.values()),
             list(worlds.true_buffers.values()), run,
-            {names[k]: g for k, g in run.parameter_grads.items() if k in names}, frozenset(mode.fallbacks),
+            {names[k]: g for k, g in run.parameter_grads.items() if k in names}, self._masking,
+            frozenset(mode.fallbacks),
             by_name(run.uses, names),
         )  # fmt: skip
         self.references.keep(entry)
