@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -157,3 +158,24 @@ def test_a_compiled_module_runs_compiled_where_it_is_judged_and_nothing_of_ours_
     assert report.ok, report
     assert counting.compiled == 1
     assert counting.ran >= 1
+
+
+class Variance(nn.Module):
+    """A difference of large squares, which a compiler that fuses computes in float32 from end to end."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape (n, 32), and back."""
+        return x.square().mean(-1, keepdim=True) - x.mean(-1, keepdim=True).square() + 0.0 * x
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs a C++ compiler: install g++")
+def test_what_a_compiler_computes_in_float32_holds_and_fails_in_eager() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), Variance())
+    nn.init.constant_(model[0].bias, 10.0)  # type: ignore[arg-type]
+    eager = audit(model, inputs(64, 32), mode="bf16-true", gradients=False)
+    assert (eager.findings[0].module, eager.findings[0].kind) == ("1", "instability"), eager
+    compiled = audit(torch.compile(model[1]), inputs(64, 32) + 10.0, mode="bf16-true", gradients=False)
+    assert compiled.ok, compiled
+    assert not audit(model[1], inputs(64, 32) + 10.0, mode="bf16-true", gradients=False).ok
