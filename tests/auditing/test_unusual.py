@@ -117,3 +117,30 @@ def test_a_gradient_penalty_that_squares_small_numbers_is_found(bad: bool) -> No
     torch.manual_seed(0)
     report = audit(Penalty(bad), torch.randn(12, 6), mode="16-true")
     assert report.ok is not bad, report
+
+
+class Stopped(torch.autograd.Function):
+    """Does nothing forward, and gives no gradient at all backward, as quantized layers of torch do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("mode", ["bf16-true", "16-mixed"])
+def test_a_gradient_that_a_backward_pass_does_not_give_is_none_to_judge(mode: str) -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(8, 8), nn.LSTM(8, 8, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Stopped.apply(self.one(x)) + Stopped.apply(self.other(x)[0]) + x
+
+    torch.manual_seed(0)
+    report = audit(Half(), torch.randn(4, 6, 8), mode=mode)
+    assert report.ok, report

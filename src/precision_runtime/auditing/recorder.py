@@ -11,6 +11,7 @@ from torch import nn
 
 from precision_runtime import operands
 from precision_runtime.auditing.dispatch import Trace
+from precision_runtime.auditing.hooks import on_gradient
 from precision_runtime.auditing.noise import Noise
 from precision_runtime.auditing.randomness import RandomState
 from precision_runtime.auditing.screened import Screened
@@ -261,7 +262,7 @@ class Recorder:
         moved = twin.moved["gradient"] / self.scale
         for _, t in leaves(output, objects=False):
             if t.requires_grad and t.numel() == moved.numel():
-                t.register_hook(lambda grad: noise.within(grad, moved))
+                on_gradient(t, lambda grad: noise.within(grad, moved))
 
     def keep(self, t: torch.Tensor) -> torch.Tensor:
         """The value that ``t`` has now, detached, for good."""
@@ -294,7 +295,7 @@ class Recorder:
         def disturb(t: torch.Tensor) -> torch.Tensor:
             new = noise.result(t)
             if new is not t and new.requires_grad:
-                new.register_hook(noise)
+                on_gradient(new, noise)
             return new
 
         return map_tensors(disturb, output, objects=False)
@@ -324,7 +325,7 @@ class Recorder:
                     grads[path] = self.snapshots.take(grad)
                 return None
 
-            own.register_hook(keep)
+            on_gradient(own, keep)
             return own
 
         return map_tensors(view, value, objects=False)

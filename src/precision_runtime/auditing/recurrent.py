@@ -18,6 +18,8 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from precision_runtime.auditing.hooks import on_gradient
+
 Perturb = Callable[[torch.Tensor], torch.Tensor]
 State = tuple[torch.Tensor, ...]
 
@@ -29,7 +31,7 @@ def noisy_states(modules: Iterable[nn.Module], perturb: Perturb) -> Iterator[Non
     def both_ways(t: torch.Tensor) -> torch.Tensor:
         new = perturb(t)
         if new is not t and new.requires_grad:
-            new.register_hook(perturb)
+            on_gradient(new, perturb)
         return new
 
     with ExitStack() as stack:
@@ -146,7 +148,7 @@ def _totalled(weight: torch.Tensor | None, perturb: Perturb) -> torch.Tensor | N
     if weight is None or not weight.requires_grad or not torch.is_grad_enabled():
         return weight
     again = weight.view_as(weight)
-    again.register_hook(perturb)
+    on_gradient(again, perturb)
     return again
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.amp import GradScaler
 
 from precision_runtime.auditing.dispatch import TrueDouble, plain_double
+from precision_runtime.auditing.hooks import on_gradient
 from precision_runtime.auditing.masking import Masking
 from precision_runtime.auditing.noise import Exact, Noise
 from precision_runtime.auditing.recurrent import noisy_states
@@ -88,7 +89,7 @@ class Disturbed(Double):
             if p.is_floating_point():
                 p.data = self._noise.fixed(f"start of {name}").rounded(p.data)
             if p.requires_grad:
-                p.register_hook(self._gradient(name))
+                on_gradient(p, self._gradient(name))
         for name, module in model.named_modules():
             module.register_forward_hook(self._result(name))
 
