@@ -31,11 +31,9 @@ def findings_of(
     findings: list[tuple[Finding, Verdict]] = []
     remarks: list[Remark] = []
     steep_inside: set[int] = set()
-    # A backward pass is linear: what is infinite inside makes no gradient finite and wrong.
     final = [v for v in judge.verdicts if v.call is None and v.where == "backward" and v.failed]
-    arrives = any(v.worst.kind == "range" for v in final)
     for verdict in sorted(judge.verdicts, key=_upstream_first):
-        if verdict.failed and verdict.where == "backward" and verdict.worst.settled and not arrives:
+        if verdict.failed and _reaches_nothing(verdict, final):
             # A gradient inside that leaves the range but reaches no parameter and no input: that of a padded row,
             # which the embedding drops, or of a branch that weighs nothing.
             remarks.append(
@@ -82,6 +80,17 @@ def findings_of(
         else:
             kept.append(_with_op(finding, blame))
     return kept, remarks
+
+
+def _reaches_nothing(verdict: Verdict, final: list[Verdict]) -> bool:
+    """Whether a gradient inside is out of range and no final one is wrong for it; ``final`` are those that failed.
+
+    A backward pass is linear: no infinity becomes a number. A gradient that is flushed to zero may make one wrong.
+    """
+    if verdict.where != "backward" or not verdict.worst.settled:
+        return False
+    infinite = verdict.call is not None and verdict.worst.kind == "range"
+    return not any(v.worst.kind == "range" for v in final) if infinite else not final
 
 
 def _is_spread(finding: Finding, verdict: Verdict, blame: Blame | None, kept: list[Finding]) -> bool:
