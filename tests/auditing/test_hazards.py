@@ -438,13 +438,14 @@ def test_the_rounding_of_a_norm_is_shared_by_its_row_and_no_finding() -> None:
 class Padded(nn.Module):
     """The row of the padding token is zero; a norm with a small eps makes its gradient huge, and it is dropped."""
 
-    def __init__(self) -> None:
+    def __init__(self, factor: float = 4000.0) -> None:  # beyond what a smaller incoming gradient would prevent
         super().__init__()
+        self.factor = factor
         self.table = nn.Embedding(12, 16, padding_idx=0)
         self.norm = nn.RMSNorm(16, eps=1e-10)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.table(ids)) * 4000.0  # beyond what a smaller incoming gradient would prevent
+        return self.norm(self.table(ids)) * self.factor
 
 
 PADDED = torch.tensor([[0, 3, 5, 7], [0, 0, 2, 1]])
@@ -474,6 +475,24 @@ def test_a_gradient_out_of_range_that_reaches_nothing_is_no_finding_beside_gradi
     assert {f.module for f in report.findings} <= {"", "unstable"}, report
     assert any(f.where == "backward" for f in report.findings), report
     assert "range" not in {f.kind for f in report.findings}, report
+    assert "harmless-range" in {remark.kind for remark in report.remarks}, report
+
+
+def test_a_gradient_out_of_range_that_reaches_nothing_costs_no_other_gradient_a_digit() -> None:
+    """A smaller incoming gradient, for its sake, would leave the layer's own a few subnormal steps."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.padded, self.linear = Padded(1000.0), nn.Linear(16, 16)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.padded(ids)
+            return x + self.linear(x / 2.0**22)
+
+    torch.manual_seed(0)
+    report = audit(Both(), PADDED, mode="16-true")
+    assert report.ok, report
     assert "harmless-range" in {remark.kind for remark in report.remarks}, report
 
 

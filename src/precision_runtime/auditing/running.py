@@ -35,8 +35,8 @@ from precision_runtime.strategies import Strategy
 from precision_runtime.tree import map_tensors
 
 # Without a scaler the incoming gradient of outputs that are no scalar loss is ours to choose, and users' means make it
-# small: a gradient that only our sum over all outputs overflows is nobody's defect, one of a padded row included, which
-# goes nowhere.
+# small: a gradient that only our sum over all outputs overflows is nobody's defect. What overflows inside and reaches
+# no parameter and no input, as that of a padded row, asks for no smaller one: others would lose their last digits.
 SUM_SCALES = (1.0, 2.0**-4, 2.0**-8, 2.0**-12)
 # Loss scales in the order in which a dynamic scaler comes to them from GradScaler's start of 2^16, four halvings at a
 # time: what lies between the first that keeps gradients finite and the one before is looked for then.
@@ -117,7 +117,7 @@ class Runs:
                 cotangent=loss_gradient(self.seed) if self.gradients else None,
                 parameters=self._parameters.values(),
                 scales=SCALES if self.mode.scaled else SUM_SCALES if self.mode.low else (1.0,),
-                inside=not self.mode.scaled, forward_context=self._lane, backward_context=self.strategy.backward,
+                forward_context=self._lane, backward_context=self.strategy.backward,
             )  # fmt: skip
 
     def _lane(self) -> AbstractContextManager[None]:

@@ -44,7 +44,6 @@ def execute(
     cotangent: Cotangent | None = None,
     parameters: Iterable[nn.Parameter] = (),
     scales: Sequence[float] = (1.0,),
-    inside: bool = False,
     forward_context: Callable[[], Any] = contextlib.nullcontext,
     backward_context: Callable[[], Any] = contextlib.nullcontext,
     graph: bool = False,
@@ -53,9 +52,8 @@ def execute(
 
     ``cotangent(path, output)`` gives each output's incoming gradient, or None to leave it out. ``scales`` are loss
     scales in the order in which a dynamic scaler would come to them: the first that keeps every gradient finite counts,
-    or one between it and the one before; where none does, the one that loses the fewest. ``inside``: every gradient
-    that a module passes on is to be finite, too, if any of the scales does that. ``graph``: gradients are enabled all
-    the same where there is no ``cotangent``.
+    or one between it and the one before; where none does, the one that loses the fewest. ``graph``: gradients
+    are enabled all the same where there is no ``cotangent``.
     The inputs are copied, so that in-place code changes copies only.
     """
     sources: list[tuple[str, torch.Tensor]] = []
@@ -79,14 +77,14 @@ def execute(
             recorder.active = False
             with backward_context():
                 run = Run([], recorder.calls)
-                return differentiate(run, result, sources, recorder, cotangent, parameters, scales, inside)
+                return differentiate(run, result, sources, recorder, cotangent, parameters, scales)
     finally:
         recorder.active = False
 
 
 def differentiate(
     run: Run, result: Any, sources: list[tuple[str, torch.Tensor]], recorder: Recorder, cotangent: Cotangent | None,
-    parameters: Iterable[nn.Parameter], scales: Sequence[float], inside: bool = False,
+    parameters: Iterable[nn.Parameter], scales: Sequence[float],
 ) -> Run:  # fmt: skip
     """Complete ``run`` with the results' values and, where ``cotangent`` is given, with gradients."""
     outputs = list(leaves(result))
@@ -119,14 +117,7 @@ def differentiate(
         lost[scale] = sum(not _finite(g) for g in found if g is not None) if len(scales) > 1 else 0
         return found
 
-    def finite_inside(scale: float) -> bool:
-        handed_on = (g for c in recorder.calls for g in c.input_grads.values() if _is_short(g))
-        return not lost[scale] and all(_finite(g) for g in handed_on)
-
-    tests = [finite_inside] if inside and len(scales) > 1 else []
-    made = None
-    for test in (*tests, lambda scale: not lost[scale]):
-        made = made or _largest_finite(backward, test, scales)
+    made = _largest_finite(backward, lambda scale: not lost[scale], scales)
     if made is None:  # where none keeps all of them finite, the one that loses the fewest
         scale = min(scales, key=lambda scale: (lost[scale], -scale))
         made = scale, backward(scale)
@@ -191,11 +182,6 @@ def _finite(gradient: torch.Tensor) -> bool:
     with _disable_current_modes():  # a question of the audit's own, and no decision of the judged code
         plain = gradient if gradient.layout is torch.strided else gradient.to_dense()
         return bool(torch.isfinite(plain).all())
-
-
-def _is_short(t: torch.Tensor) -> bool:
-    """Whether a gradient's dtype ends long before float32 does."""
-    return t.is_floating_point() and torch.finfo(t.dtype).max < 1e30
 
 
 def _dense(gradient: torch.Tensor) -> torch.Tensor:

@@ -216,7 +216,7 @@ class _EmulatedTrial(Trial):
                 cotangent=loss_gradient(self.seed) if self.gradients else None,
                 parameters=self._parameters.values(),
                 scales=SCALES if self.mode.scaled else SUM_SCALES,
-                inside=not self.mode.scaled, forward_context=self._lane, backward_context=self.strategy.backward,
+                forward_context=self._lane, backward_context=self.strategy.backward,
             )  # fmt: skip
             emulating.active = False
         return _standing_for(run, emulating.value)
