@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
 from functools import partial
 from types import MethodType, TracebackType
@@ -182,11 +181,6 @@ class suspended:  # noqa: N801  # reads as the verb that it is: with suspended()
         _SUSPENSIONS.pop()
         _SUSPENDED.reset(self._token)
         self._stance.__exit__(kind, error, trace)
-
-
-def compiling() -> AbstractContextManager[Any]:
-    """Inside ``suspended()``, what is to be compiled is compiled after all."""
-    return stance("default")
 
 
 def is_suspended() -> bool:

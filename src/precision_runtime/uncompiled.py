@@ -29,9 +29,14 @@ def uncompiled(function: F) -> F:
     return function
 
 
+def may_compile() -> bool:
+    """Whether anything that compiles has been loaded."""
+    return not _COMPILING.isdisjoint(sys.modules)
+
+
 def stance(name: str) -> AbstractContextManager[Any]:
     """``torch.compiler.set_stance(name)`` where anything may be compiled; from the call on, to the end of the block."""
-    if torch.compiler.is_compiling() or _COMPILING.isdisjoint(sys.modules):
+    if torch.compiler.is_compiling() or not may_compile():
         return nullcontext()
     found: AbstractContextManager[Any] = torch.compiler.set_stance(name)
     return found

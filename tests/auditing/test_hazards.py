@@ -479,16 +479,18 @@ def test_a_gradient_out_of_range_that_reaches_nothing_is_no_finding_beside_gradi
 
 
 def test_a_gradient_out_of_range_that_reaches_nothing_costs_no_other_gradient_a_digit() -> None:
-    """A smaller incoming gradient, for its sake, would leave the layer's own a few subnormal steps."""
+    """A smaller incoming gradient, for its sake, would leave what ``small`` hands on a few subnormal steps."""
 
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.padded, self.linear = Padded(1000.0), nn.Linear(16, 16)
+            self.padded, self.large, self.small = Padded(1000.0), nn.Linear(16, 16), nn.Linear(16, 16)
+            with torch.no_grad():
+                self.small.weight *= 2.0**-9
 
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
             x = self.padded(ids)
-            return x + self.linear(x / 2.0**22)
+            return x + self.small(self.large(x))
 
     torch.manual_seed(0)
     report = audit(Both(), PADDED, mode="16-true")

@@ -157,11 +157,13 @@ def test_trainings_within_transforms_hold(name: str, mode: str) -> None:
     assert report.ok, report
 
 
-def test_a_checkpoint_of_such_a_model_takes_its_probe_along(tmp_path: Path) -> None:
+def test_a_checkpoint_of_such_a_model_takes_its_probe_to_another_mode(tmp_path: Path) -> None:
     torch.manual_seed(0)
     runtime = PrecisionRuntime("bf16-true")
     model = runtime.setup(Network(SOUND["vmap"]))
     runtime.probe(model, inputs())
     runtime.save(tmp_path / "model.pt", model)
-    other = PrecisionRuntime("bf16-true")
-    other.load(tmp_path / "model.pt", other.setup(Network(SOUND["vmap"])))
+    other = PrecisionRuntime("32-true")
+    changes = other.load_across(tmp_path / "model.pt", other.setup(Network(SOUND["vmap"])))
+    assert changes.probe
+    assert changes.ok

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import torch
 from precision_runtime.auditing.dispatch import LowWatch, Trace
 from precision_runtime.errors import AuditError
 from precision_runtime.strategies import Strategy
+from precision_runtime.uncompiled import may_compile
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def _unheard() -> Iterator[None]:
 
     The compiler only keeps it from being shown, so that warnings taken for errors would end the compilation.
     """
-    if "torch._dynamo" not in sys.modules:
+    if not may_compile():
         yield
         return
     with warnings.catch_warnings():

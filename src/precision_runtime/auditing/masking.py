@@ -86,7 +86,7 @@ class Masking:
             return self._chosen(func, args, kwargs)
         shift = 1 if name in _BACKWARD else 0
         mask = kwargs.get("attn_mask", args[3 + shift] if name.startswith("aten::_scaled_dot_product_eff") else None)
-        if not isinstance(mask, torch.Tensor) or not mask.is_floating_point():
+        if not isinstance(mask, torch.Tensor) or not mask.is_floating_point() or not mask.numel():
             return func(*args, **kwargs)
         if shift:
             rows = self._below(mask.amax(-1, keepdim=True), self._limit)

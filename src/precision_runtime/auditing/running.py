@@ -33,6 +33,7 @@ from precision_runtime.modes import Mode
 from precision_runtime.record import Remark
 from precision_runtime.strategies import Strategy
 from precision_runtime.tree import map_tensors
+from precision_runtime.uncompiled import stance
 
 # Without a scaler the incoming gradient of outputs that are no scalar loss is ours to choose, and users' means make it
 # small: a gradient that only our sum over all outputs overflows is nobody's defect. What overflows inside and reaches
@@ -188,7 +189,7 @@ class Runs:
         single = {k: t.to(torch.float32) if t.dtype == torch.float64 else t for k, t in worlds.true_parameters.items()}
         buffers = {k: t.to(torch.float32) if t.dtype == torch.float64 else t for k, t in worlds.true_buffers.items()}
         try:
-            with worlds.true(parameters=single, buffers=buffers), forwarding.suspended(), forwarding.compiling():
+            with worlds.true(parameters=single, buffers=buffers), forwarding.suspended(), stance("default"):
                 reseed(self.seed)
                 args, kwargs = cast_tree(clone((self.args, self.kwargs)), TO[torch.float32])
                 recorder = Recorder({}, worlds)

@@ -117,7 +117,7 @@ def differentiate(
         lost[scale] = sum(not _finite(g) for g in found if g is not None) if len(scales) > 1 else 0
         return found
 
-    made = _largest_finite(backward, lambda scale: not lost[scale], scales)
+    made = _largest_finite(backward, lost, scales)
     if made is None:  # where none keeps all of them finite, the one that loses the fewest
         scale = min(scales, key=lambda scale: (lost[scale], -scale))
         made = scale, backward(scale)
@@ -135,17 +135,17 @@ def differentiate(
 
 
 def _largest_finite(
-    backward: Callable[[float], Gradients], finite: Callable[[float], bool], scales: Sequence[float]
+    backward: Callable[[float], Gradients], lost: Mapping[float, int], scales: Sequence[float]
 ) -> tuple[float, Gradients] | None:
     """The loss scale that a dynamic scaler comes to, and the gradients at it: those of the last backward pass made.
 
-    ``scales`` are powers of two; between one that is ``finite`` and the one before, which is not, halvings are made up
-    for. None where no scale is.
+    ``scales`` are powers of two; between one that keeps all gradients finite and the one before, which does not,
+    halvings are made up for. ``lost`` says how many a backward pass has lost. None where no scale keeps all.
     """
     beyond = scales[0]
     for scale in scales:
         found = backward(scale)
-        if finite(scale):
+        if not lost[scale]:
             break
         beyond = scale
     else:
@@ -154,7 +154,7 @@ def _largest_finite(
     while beyond > 2.0 * least:
         last = least * 2.0 ** (math.log2(beyond / least) // 2)
         found = backward(last)
-        least, beyond = (last, beyond) if finite(last) else (least, last)
+        least, beyond = (least, last) if lost[last] else (last, beyond)
     return least, found if last == least else backward(least)
 
 
