@@ -34,11 +34,14 @@ class AuditError(PrecisionError, RuntimeError):
     """The audit could not be carried out (the reference itself fails, for instance); never a verdict."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the known name nearest to ``name``, or an empty string."""
-    by_key = {each.lower(): each for each in known}
-    near = difflib.get_close_matches(name.lower(), list(by_key), n=1, cutoff=0.6)
-    return f" Did you mean {by_key[near[0]]!r}?" if near else ""
+def did_you_mean(name: str, known: Iterable[str], elsewhere: Mapping[str, Sequence[str]] = MappingProxyType({})) -> str:
+    """Return ``" Did you mean 'x'?"`` for the known name nearest to ``name``, or an empty string.
+
+    ``elsewhere`` maps, in lower case, what others call such a thing to the names that may be meant by it.
+    """
+    meant = {each.lower(): (each,) for each in known}
+    near = difflib.get_close_matches(name.strip().lower(), [*meant, *elsewhere], n=1, cutoff=0.6)
+    return f" Did you mean {' or '.join(map(repr, meant.get(near[0]) or elsewhere[near[0]]))}?" if near else ""
 
 
 def unknown_names(
@@ -55,11 +58,8 @@ def unknown_names(
     """
     place = f" in {where}" if where else ""
 
-    def meant(name: object) -> str:
-        if not isinstance(name, str):
-            return ""
-        names = elsewhere.get(name.strip().lower())
-        return f" Did you mean {' or '.join(map(repr, names))}?" if names else did_you_mean(name, known)
-
-    lines = [f"{what} {name!r}{place} is unknown.{meant(name)}" for name in bad]
+    lines = [
+        f"{what} {name!r}{place} is unknown." + (did_you_mean(name, known, elsewhere) if isinstance(name, str) else "")
+        for name in bad
+    ]
     return UnknownNameError("\n".join([*lines, f"Known {what}s: {', '.join(known)}"]))

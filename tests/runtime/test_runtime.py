@@ -61,7 +61,12 @@ def test_what_others_call_a_format_leads_to_modes_in_that_format(name, meant):
 
 
 def test_half_by_another_name_never_leads_to_the_other_half():
-    for name, meant in {"fp16-mixed": "16-mixed", "float16-true": "16-true", "bfloat16-mixed": "bf16-mixed"}.items():
+    for name, meant in {
+        "fp16-mixed": "16-mixed",
+        "float16-true": "16-true",
+        "fp16-mixd": "16-mixed",
+        "bfloat16-mixed": "bf16-mixed",
+    }.items():
         with pytest.raises(UnknownNameError, match=f"Did you mean '{meant}'"):
             PrecisionRuntime(name)
 
