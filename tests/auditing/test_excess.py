@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from precision_runtime.auditing.excess import TAIL_RATIO, Judgement, Pair, flatten_sample, pair
+from precision_runtime.auditing.spread import PIECE
 from precision_runtime.formats import FORMATS
 
 UNITS = st.sampled_from([f.unit_roundoff for f in FORMATS.values()])
@@ -254,6 +255,35 @@ def test_the_worst_element_is_the_one_furthest_beyond_what_is_allowed() -> None:
     assert worst is not None
     assert (worst.index, worst.value, worst.reference) == ((2, 1), 11.0, 10.0)
     assert made(observed, reference).judge(locate=math.inf).worst is None
+
+
+@pytest.mark.parametrize("bad", [3, PIECE, 3 * PIECE + 4])
+def test_a_large_tensor_is_judged_piece_by_piece_as_it_would_be_at_once(bad: int) -> None:
+    n, u, width = 3 * PIECE + 5, 2.0**-8, 4.0
+    rng = np.random.default_rng(bad)
+    reference = rng.standard_normal(n)
+    scales = np.where(np.arange(n) < PIECE, u, u / 8)  # the first piece spreads more than the others
+    samples = [reference + scales * rng.standard_normal(n) for _ in range(4)]
+    wide = [reference + width * scales * rng.standard_normal(n) for _ in range(6)]
+    observed = reference + scales * rng.standard_normal(n)
+    observed[bad] += 3.0
+
+    rms = lambda a: math.sqrt((a**2).mean())  # noqa: E731
+    near = np.sqrt(sum((s - reference) ** 2 for s in samples) / 4)
+    far = np.sqrt(sum((s - reference) ** 2 for s in wide) / 6) / width
+    common = math.hypot(max(rms(near), rms(far)), u / math.sqrt(3) * rms(reference))
+    allowed = np.maximum(near, far) + u * np.abs(reference) + common
+    error = observed - reference
+    excess, tail = rms(error) / common, (np.abs(error) / allowed).max()
+
+    judged = made(torch.tensor(observed), torch.tensor(reference), u).judge(
+        [torch.tensor(s) for s in samples], [torch.tensor(s) for s in wide], width
+    )
+    assert math.isclose(judged.excess, excess, rel_tol=1e-9)
+    assert math.isclose(judged.tail, tail, rel_tol=1e-9)
+    assert judged.worst is not None
+    assert judged.worst.index == (bad,)
+    assert math.isclose(judged.worst.allowed, TAIL_RATIO * allowed[bad], rel_tol=1e-9)
 
 
 def test_a_tail_that_perturbed_runs_have_by_chance_is_none() -> None:

@@ -16,12 +16,13 @@ follows from one constant (``TAIL_RATIO`` and the budget); nothing is chosen per
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from precision_runtime.auditing.noise import largest
+from precision_runtime.auditing.spread import SENTINEL, Spread, pieces
 from precision_runtime.casting import FLOATING
 from precision_runtime.formats import FORMATS
 from precision_runtime.record import Kind, Worst
@@ -31,8 +32,6 @@ from precision_runtime.record import Kind, Worst
 TAIL_RATIO = 4.0
 # Perturbed runs from which on one of them can be held against the others.
 MANY = 16
-# A reference this large is no number that anybody computed: it is finfo(float64).min or the like, used as a mask.
-SENTINEL = 1e200
 # An element of a decision tensor (indices, bools) may flip this often by chance before the count means anything.
 FREE_FLIPS = 3.0
 # A choice that fell otherwise in few rows has this share of the squared error (a mixture of experts: 0.99).
@@ -143,43 +142,39 @@ class Pair:
             return replace(max(chosen, values, key=lambda j: j.score), decision=True)
         if self.decision:
             return self._decision([*samples, *wide])
-        spread, rms_spread = _spread(samples, self.reference)
-        if wide:
-            more, rms_more = _spread(wide, self.reference)
-            assert spread is not None
-            assert more is not None
-            spread = torch.maximum(spread, more.div_(width), out=spread)
-            rms_spread = max(rms_spread, rms_more / width)
-        if self._flushed(rms_spread):
+        spread = Spread(self.reference, samples, wide, width)
+        if self._flushed(spread.rms):
             return self._underflow(bool(samples))
-        common = math.hypot(rms_spread, self.floor)
+        common = math.hypot(spread.rms, self.floor)
         if self.reference.numel() == 0 or self.rms_error == 0.0:
             return Judgement(self.tensor, scale=self.rms_reference, bound=not samples)
         if common == 0.0:  # reference exactly 0, no spread: only an exact 0 is right
-            size = self._size()
-            return self._result(math.inf, math.inf, size, torch.zeros_like(size), bool(samples), locate)
+            return self._result(math.inf, math.inf, spread, 0.0, bool(samples), locate)
         excess = self.rms_error / common
         tail = self.largest_error / (common + self.step)
         if quick and not samples and max(excess, tail / TAIL_RATIO) <= locate:  # passes even where the reference is 0
             return Judgement(self.tensor, excess, tail, None, None, self.rms_error, self.rms_reference, bound=True)
         if brief and excess > locate:
             return Judgement(self.tensor, excess, 0.0, None, None, self.rms_error, self.rms_reference, bound=True)
-        allowed = self.reference.abs().mul_(self.u)
-        if spread is not None:
-            allowed = spread.add_(allowed)  # three tensors of this size would be the most memory that an audit needs
-        allowed.add_(common + self.step)
-        size = self._size()
-        tail = float((size / allowed).max())
+        common += self.step
+        tail = max(float((size / allowed).max()) for _, size, allowed in self._beside(spread, common))
         if excess <= locate < tail / TAIL_RATIO and len(samples) >= MANY:
             tail /= max(1.0, self._tail_by_chance(samples, common) / TAIL_RATIO)
-        return self._result(excess, tail, size, allowed, bool(samples), locate)
+        return self._result(excess, tail, spread, common, bool(samples), locate)
+
+    def _beside(self, spread: Spread, common: float) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Where a piece begins, its error's size and a tail of 1: B_i + u |r_i| and ``common``, which all have."""
+        for piece in pieces(self.reference):
+            reference = self.reference[piece]
+            off = _difference(self.observed[piece], reference) if self.settled is None else self.settled[piece]
+            yield piece.start, off.abs(), spread.within(piece).add_(reference.abs().mul_(self.u)).add_(common)
 
     def _tail_by_chance(self, samples: Sequence[torch.Tensor], common: float) -> float:
         """The largest tail of a perturbed run beside the others: the kink of a ReLU moves few elements, but far."""
         squares = torch.zeros_like(self.reference)
         for sample in samples:
             squares.addcmul_(sample - self.reference, sample - self.reference)
-        plain = self.reference.abs().mul_(self.u).add_(common + self.step)
+        plain = self.reference.abs().mul_(self.u).add_(common)
         most = 0.0
         for sample in samples:
             moved = (sample - self.reference).abs_()
@@ -189,7 +184,7 @@ class Pair:
 
     def spread(self, samples: Sequence[torch.Tensor]) -> float:
         """The rms distance of perturbed references from the reference."""
-        return _spread(samples, self.reference)[1]
+        return Spread(self.reference, samples).rms
 
     def is_choice(self, samples: Sequence[torch.Tensor]) -> bool:
         """Whether the error is that of a few rows which runs change either as much, or next to not at all.
@@ -222,27 +217,30 @@ class Pair:
         )
 
     def _result(
-        self, excess: float, tail: float, size: torch.Tensor, allowed: torch.Tensor, sampled: bool, locate: float
+        self, excess: float, tail: float, spread: Spread, common: float, sampled: bool, locate: float
     ) -> Judgement:
-        if max(excess, tail / TAIL_RATIO) <= locate:  # nobody asks where a right tensor is least right
-            return Judgement(
-                self.tensor, excess, tail, None, None, self.rms_error, self.rms_reference, bound=not sampled
-            )
-        where = int((size - TAIL_RATIO * allowed).argmax())
-        worst = Worst(
-            tensor=self.tensor,
-            index=_unravel(where, self.shape),
-            value=float(self.observed[where]),
-            reference=float(self.reference[where]),
-            allowed=TAIL_RATIO * float(allowed[where]),
-        )
-        kind: Kind | None = None
-        if excess > 1.0:
-            flushed = (self.observed == 0) & (self.reference != 0)
-            # Underflow: most of the error is values that became exactly zero.
-            if float(size[flushed].square().sum()) > 0.5 * float(size.square().sum()):
-                kind = "underflow" if float(self.reference[flushed].abs().max()) < self.smallest_normal else None
-        return Judgement(self.tensor, excess, tail, kind, worst, self.rms_error, self.rms_reference, bound=not sampled)
+        found = Judgement(self.tensor, excess, tail, None, None, self.rms_error, self.rms_reference, bound=not sampled)
+        if found.score <= locate:  # nobody asks where a right tensor is least right
+            return found
+        beyond, all_squares, flushed_squares, flushed_largest = -math.inf, 0.0, 0.0, 0.0
+        for start, size, allowed in self._beside(spread, common):
+            piece = slice(start, start + len(size))
+            over = size - TAIL_RATIO * allowed
+            place = int(over.argmax())
+            if float(over[place]) > beyond:
+                beyond, where = float(over[place]), start + place
+                found.worst = Worst(
+                    self.tensor, _unravel(where, self.shape), float(self.observed[where]),
+                    float(self.reference[where]), TAIL_RATIO * float(allowed[place]),
+                )  # fmt: skip
+            flushed = (self.observed[piece] == 0) & (self.reference[piece] != 0)
+            all_squares += float(size.square().sum())
+            flushed_squares += float(size[flushed].square().sum())
+            flushed_largest = max(flushed_largest, largest(self.reference[piece][flushed]))
+        # Underflow: most of the error is values that became exactly zero.
+        if excess > 1.0 and flushed_squares > 0.5 * all_squares and flushed_largest < self.smallest_normal:
+            found.kind = "underflow"
+        return found
 
     def _flushed(self, rms_spread: float) -> bool:
         """Underflow by logic, for gradients only: most of the tensor's norm has become zero.
@@ -371,10 +369,10 @@ def pair(
     a = observed.detach().reshape(-1)
     if a.dtype not in FLOATING:  # FP8 has no arithmetic
         a = a.to(torch.float64)
-    error = _difference(a, r)
     settled = lost = mask = None
     out_of_range = 0.0
-    most, size, ceiling = largest(error), _rms(r), min(maximum, SENTINEL)  # NaN where any is NaN
+    most, rms = _off(a, r)  # NaN where any is NaN
+    size, ceiling = _rms(r), min(maximum, SENTINEL)
     # No element is larger than the norm of all.
     if not math.isfinite(most) or (not size * math.sqrt(r.numel()) <= ceiling and largest(r) > ceiling):
         r_mask = ~(r.abs() < SENTINEL)  # NaN, infinite, or a mask's constant
@@ -389,13 +387,14 @@ def pair(
             beyond &= gone & ~r_mask
             out_of_range = float(r[beyond].abs().max()) if bool(beyond.any()) else 0.0
         skip = r_mask | ~finite
-        error = settled = torch.where(skip, torch.zeros_like(error), error)
-        most, size = largest(error), math.nan
+        error = _difference(a, r)
+        settled = torch.where(skip, torch.zeros_like(error), error)
+        most, rms, size = largest(settled), _rms(settled), math.nan
         r = torch.where(r_mask, torch.zeros_like(r), r)
         if lost is None:
             a = torch.where(skip, torch.zeros_like(a), a)
     return Pair(
-        name, a, r, settled, _rms(error), most, reference.shape, u, step, lost, out_of_range, maximum,
+        name, a, r, settled, rms, most, reference.shape, u, step, lost, out_of_range, maximum,
         gradient=gradient, dtype_normal=normal, rms_reference=size, mask=mask,
     )  # fmt: skip
 
@@ -429,27 +428,23 @@ def _plain(t: torch.Tensor) -> torch.Tensor:
     return t
 
 
-def _spread(samples: Sequence[torch.Tensor], reference: torch.Tensor) -> tuple[torch.Tensor | None, float]:
-    """Root mean square distance by element, shape (n,), and over all of them. The first is the caller's own."""
-    if not samples:
-        return None, 0.0
-    total = torch.zeros_like(reference)
-    for sample in samples:
-        difference = sample - reference
-        # A sample beyond the reach of FP64 (a mask's constant) says nothing about the spread.
-        if not largest(difference) < SENTINEL:
-            difference.masked_fill_(~(difference.abs() < SENTINEL), 0.0)
-        total.addcmul_(difference, difference)
-    total /= len(samples)
-    rms = math.sqrt(float(total.mean())) if total.numel() else 0.0
-    return total.sqrt_(), rms
-
-
 def _difference(observed: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """In FP64; a cast and a subtraction in place take three quarters of a subtraction of two dtypes."""
     if observed.dtype is torch.float64:
         return observed - reference
     return observed.to(torch.float64).sub_(reference)
+
+
+def _off(a: torch.Tensor, r: torch.Tensor) -> tuple[float, float]:
+    """The largest error and its root mean square, 0 of none."""
+    most = squares = 0.0
+    for piece in pieces(r):
+        error = _difference(a[piece], r[piece])
+        found = largest(error)
+        if not found <= most:  # or it is NaN, which stays
+            most = found
+        squares += float(torch.linalg.vector_norm(error)) ** 2
+    return most, math.sqrt(squares / max(1, r.numel()))
 
 
 def _rows(t: torch.Tensor, shape: torch.Size, dim: int) -> torch.Tensor:

@@ -1,0 +1,63 @@
+"""How far perturbed references lie from the reference: what rounding the operands must cost, element by element.
+
+Large tensors are gone through piece by piece: the spread of a language model's logits, beside the logits and their
+error, would be the most memory that an audit needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from precision_runtime.auditing.noise import largest
+
+# A reference this large is no number that anybody computed: it is finfo(float64).min or the like, used as a mask.
+SENTINEL = 1e200
+PIECE = 2**17  # elements, 1 MB in FP64
+
+
+class Spread:
+    """Root mean square distances of ``samples`` from ``reference`` (flat, FP64), by element and over all (``rms``).
+
+    ``wide`` are references disturbed ``width`` times as much; where a ``width``-th of their distance is larger, it
+    counts. Without samples ``rms`` is 0.
+    """
+
+    def __init__(
+        self, reference: torch.Tensor, samples: Sequence[torch.Tensor],
+        wide: Sequence[torch.Tensor] = (), width: float = 1.0,
+    ) -> None:  # fmt: skip
+        self._reference, self._kinds = reference, [(samples, 1.0), (wide, width)]
+        self._whole: torch.Tensor | None = None  # of a tensor that is no more than one piece
+        sums = [0.0, 0.0]
+        for piece in pieces(reference) if samples or wide else ():
+            squares = [self._squares(piece, *kind) for kind in self._kinds]
+            sums = [total + float(square.sum()) for total, square in zip(sums, squares, strict=True)]
+            if reference.numel() <= PIECE:
+                self._whole = torch.maximum(*squares).sqrt_()
+        self.rms = math.sqrt(max(sums) / reference.numel()) if reference.numel() else 0.0
+
+    def within(self, piece: slice) -> torch.Tensor:
+        """The distances of the elements of this piece, as the caller's own; 0 where there are no samples."""
+        if self._whole is not None:
+            return self._whole.clone()
+        return torch.maximum(*(self._squares(piece, *kind) for kind in self._kinds)).sqrt_()
+
+    def _squares(self, piece: slice, samples: Sequence[torch.Tensor], width: float) -> torch.Tensor:
+        reference = self._reference[piece]
+        total = torch.zeros_like(reference)
+        for sample in samples:
+            difference = sample[piece] - reference
+            # A sample beyond the reach of FP64 (a mask's constant) says nothing about the spread.
+            if not largest(difference) < SENTINEL:
+                difference.masked_fill_(~(difference.abs() < SENTINEL), 0.0)
+            total.addcmul_(difference, difference)
+        return total.div_(max(1, len(samples)) * width * width)
+
+
+def pieces(t: torch.Tensor) -> Iterator[slice]:
+    """A flat tensor's places, at most ``PIECE`` at a time."""
+    for start in range(0, t.numel(), PIECE):
+        yield slice(start, start + PIECE)
