@@ -1,0 +1,76 @@
+"""Trainings that leave the finite numbers in the mode, or never make a step because of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from precision_runtime.auditing.dispatch import LowWatch
+from precision_runtime.modes import Mode
+from precision_runtime.record import Finding, Remark
+from precision_runtime.training.course import Course, gradients
+from precision_runtime.training.hazards import hazards_of
+from precision_runtime.training.lesson import Lesson
+from precision_runtime.training.notes import Notes
+from precision_runtime.training.ranking import Ranking
+from precision_runtime.training.trainings import LowRun, Trainings
+
+
+class Broken:
+    """Says where infinities were born; what was wrong in the steps before, ``ranking`` says."""
+
+    def __init__(self, lesson: Lesson, mode: Mode, trainings: Trainings, notes: Notes, ranking: Ranking) -> None:
+        self.lesson, self.mode, self.trainings, self.notes, self.ranking = lesson, mode, trainings, notes, ranking
+
+    def findings(self, low: LowRun, course: Course, true: Course) -> list[Finding] | None:
+        """Findings where the training in the mode has left the finite numbers; None where it is to be ranked."""
+        trouble = course.trouble or course.loss_trouble
+        if true.trouble is not None or (trouble is not None and true.loss_trouble is not None):
+            self.notes.remarks.append(
+                Remark("diverges", "this training leaves the finite numbers in FP64, too: nothing to judge")
+            )
+            return []
+        if trouble is None:
+            return self._never_stepped(low, course)
+        where = {"loss": "forward", "gradient": "backward", "update": "update"}[trouble.phase]
+        who = {
+            "loss": "the loss is not finite",
+            "gradient": f"the gradient of {trouble.name!r} is not finite though the loss is",
+            "update": f"the optimizer's step makes {trouble.name!r} inf or NaN though every gradient is finite",
+        }[trouble.phase]
+        told = "".join(f" {text}." for text in hazards_of(low.optimizer)) if trouble.phase == "update" else ""
+        born = Finding(
+            kind="range", where=where, module=trouble.name.rpartition(".")[0], op=None, lost_bits=math.inf,  # type: ignore[arg-type]
+            excess=math.inf, message=f"in step {trouble.step + 1} {who}; in FP64 it is.{told}",
+        )  # fmt: skip
+        return [*(self._earlier(trouble.step) if trouble.phase != "update" else []), born]
+
+    def _earlier(self, steps: int) -> list[Finding]:
+        """What was wrong already in the steps before one that left the finite numbers."""
+        if not steps:
+            return []
+        low = self.trainings.low(steps=steps)
+        with LowWatch(getattr(torch, self.mode.compute), self.trainings.masking):
+            course = low.runner.run()
+        if not any(course.taken) or course.trouble is not None:
+            return []
+        return self.ranking.findings(low, course, self.trainings.double(course))
+
+    def _never_stepped(self, low: LowRun, course: Course) -> list[Finding] | None:
+        """None where the user's code steps in FP64 as rarely; otherwise a scaler has skipped every step."""
+        free = self.trainings.double(replace(course, taken=[True] * course.steps))
+        if not any(free.taken):
+            return None
+        culprits = [name for name, g in gradients(low.model).items() if not bool(torch.isfinite(g).all())]
+        told = f"; not finite: the gradient of {', '.join(culprits[:3])}" if culprits else ""
+        scale = low.runtime.scaler.scale
+        return [
+            Finding(
+                kind="range", where="backward", module=culprits[0].rpartition(".")[0] if culprits else "", op=None,
+                lost_bits=math.inf, excess=math.inf,
+                message=f"every one of {course.steps} steps was skipped because scaled gradients overflowed"
+                + (f", down to a scale of {scale:g}" if self.lesson.step_fn is None else "") + told,
+            )
+        ]  # fmt: skip
