@@ -49,6 +49,22 @@ def test_a_healthy_training_holds(mode: str) -> None:
     assert report.subject == "training Sequential for 6 steps"
 
 
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize(("mode", "lr"), [("32-true", 1e-4), ("32-true", 1e-6), ("16-mixed", 1e-6), ("tf32", 1e-5)])
+def test_what_float32_weights_round_away_of_small_steps_is_their_price(mode: str, lr: float, make: Any) -> None:
+    """Steps that are alike round the same way each time; nothing wider is to be had in these modes."""
+    report = audit_training(line, lambda m: make(m.parameters(), lr=lr), mse, BATCH, mode, steps=30)
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("mode", ["32-true", "16-mixed", "bf16-mixed"])
+def test_steps_that_even_float32_weights_do_not_hold_are_lost(mode: str) -> None:
+    report = audit_training(ones, lambda m: torch.optim.Adam(m.parameters(), lr=2e-8), mse, BATCH, mode, steps=40)
+    first = report.findings[0]
+    assert (first.where, first.kind) == ("update", "underflow")
+    assert "100% of the movement that the optimizer meant left no trace" in first.message
+
+
 def test_updates_below_half_a_unit_are_found_with_parameter_cause_and_a_cure_that_was_tried() -> None:
     def adam(model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, betas=(0.9, 0.95))

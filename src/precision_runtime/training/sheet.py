@@ -6,7 +6,8 @@ movements ``s_k`` of disturbed FP64 trainings,
 - error    E = d - r
 - spread   B = rms over k of (s_k - r), what one roundoff in weights, inputs, results and gradients comes to by then:
            as much as everything where training is chaotic, hardly anything where it forgets
-- floor    R = hypot(u rms(r), u_s rms(end)) / sqrt(3): the movement rounded once in the mode, the value in its storage
+- floor    R = hypot(u rms(r), n u_s rms(end)) / sqrt(3): the movement rounded once in the mode, the value in its
+           storage: in half n is 1; where it is wider n is the number of steps, as long as most of the way is made
 - walk     W, the rms over elements of the root of the sum of squares of the roundings that really happened when new
            values were stored (``watching``): errors of either sign add up so; a rounding that always goes the same
            way comes to more. Disturbed trainings that walk as far in each step say what comes of it elsewhere
@@ -37,6 +38,9 @@ CERTAIN = 16.0  # a score so many times the limit after those is a failure: no f
 # over WIDTH is granted where it is larger.
 WIDTH = 4.0
 WIDE_SAMPLES = 4
+# Few numbers have heavy tails: a ReLU that stands on its kink in one of ten trainings moves one bias, but far. So
+# tensors of fewer than FEW fail only beside so many disturbed trainings.
+MANY = 24
 WALKS = 4  # trainings that are disturbed by what was stored, too
 # So many elements of a tensor of FEW and more may go elsewhere by chance before it means anything: the sign of a
 # gradient near zero, a near tie. They are left out of the error.
@@ -45,6 +49,11 @@ FREE, FEW = 3, 64
 CHAOTIC = 0.5
 # More than half of a norm, of the steps, of a movement.
 MOST = 0.5
+HALF = (torch.float16, torch.bfloat16)
+# Weights in float32 are all that a mixed or a full mode can have, so what they round away in each step is its price.
+# Steps that are alike, as Adam's, are rounded the same way each time: N steps of lr 1e-6 lose N times as much as one.
+# This share of the way is granted at most, which at a limit of 4 leaves MOST: who has lost more has lost the update.
+STORED = MOST / 4.0
 
 
 @dataclass
@@ -114,8 +123,7 @@ def entries_of(low: Course, true: Course, u: float, buffers: set[str]) -> list[E
             continue
         moved = _flat(end) - _flat(low.start[name])
         reference = _flat(true.end[name]) - _flat(true.start[name])
-        stored = roundoff(end) * rms(_flat(true.end[name]))
-        floor = math.hypot(u * rms(reference), stored) / math.sqrt(3.0)
+        floor = math.hypot(u * rms(reference) / math.sqrt(3.0), _storing(end, true.end[name], reference, low))
         kind = "buffer" if name in buffers else "parameter"
         start = _flat(true.start[name])
         found.append(Entry(name, kind, moved, reference, floor, end.shape, start))
@@ -125,8 +133,7 @@ def entries_of(low: Course, true: Course, u: float, buffers: set[str]) -> list[E
             if owner:
                 start = _flat(true.start[owner])
                 reference = _flat(true.state[name]) - start
-                stored = roundoff(value) * rms(_flat(value))
-                floor = math.hypot(u * rms(reference), stored) / math.sqrt(3.0)
+                floor = math.hypot(u * rms(reference) / math.sqrt(3.0), _storing(value, value, reference, low))
                 moved = _flat(value) - _flat(low.start[owner])
                 found.append(Entry(name, "average", moved, reference, floor, value.shape, start, owner=owner))
                 continue
@@ -138,6 +145,12 @@ def entries_of(low: Course, true: Course, u: float, buffers: set[str]) -> list[E
     reference = torch.stack([t.reshape(()) for t in true.losses[:count]])
     found.append(Entry("loss", "loss", losses, reference, u * rms(reference) / math.sqrt(3.0), losses.shape))
     return [e for e in found if bool(e.moved.any()) or bool(e.reference.any())]
+
+
+def _storing(stored: torch.Tensor, value: torch.Tensor, way: torch.Tensor, low: Course) -> float:
+    """What storing ``value`` as ``stored`` is costs in the whole course, which comes ``way`` from its beginning."""
+    once = roundoff(stored) * rms(_flat(value)) / math.sqrt(3.0)
+    return once if stored.dtype in HALF else max(once, min(low.steps * once, STORED * rms(way)))
 
 
 def _averaged(state: torch.Tensor, true: Course) -> str:
@@ -175,6 +188,13 @@ def settle(entries: Sequence[Entry], limit: float, sample: Sampler) -> list[Entr
     wide = [sample(number, WIDTH) for number in range(WIDE_SAMPLES)]
     for entry in failed:
         entry.spread = max(entry.spread, spread_of(entry, wide) / WIDTH)
+    failed = [e for e in failed if e.excess > limit]
+    small = [e for e in failed if e.moved.numel() < FEW and e.excess <= CERTAIN * limit]
+    if not small or len(small) < len(failed):  # what fails for certain is told of in any case
+        return failed
+    samples = [sample(number, 1.0) for number in range(MANY)]
+    for entry in small:
+        entry.spread = max(entry.spread, spread_of(entry, samples))
     return [e for e in failed if e.excess > limit]
 
 

@@ -23,15 +23,15 @@ from precision_runtime.auditing.worlds import widen_tree
 from precision_runtime.formats import FORMATS
 from precision_runtime.training.course import Observer, held, hidden
 from precision_runtime.training.lesson import Lesson
-from precision_runtime.training.sheet import MOST
+from precision_runtime.training.sheet import HALF, MOST, roundoff
 from precision_runtime.tree import leaves
 
-_HALF = (torch.float16, torch.bfloat16)
+_ROUNDED = (*HALF, torch.float32)
 
 
 @dataclass(eq=False)
 class Stored:
-    """What became of the new values of one half tensor, element by element, over all steps.
+    """What became of the new values of one tensor, element by element, over all steps.
 
     ``total`` and ``squares`` sum the rounding errors and their squares; ``lost`` sums the movements that left the value
     where it was, ``meant`` all movements; ``gone`` and ``wanted`` count both.
@@ -44,13 +44,14 @@ class Stored:
     gone: int = 0
     wanted: int = 0
     steps: int = 0
+    half: bool = True  # wider storage has its own grant (``sheet``)
     mastered: bool = False  # a wider tensor of the same values is kept somewhere: what rounding takes is not lost
 
     @classmethod
     def like(cls, t: torch.Tensor) -> Stored:
         """Nothing yet."""
         total, squares, lost, meant = (torch.zeros(t.shape, dtype=torch.float64, device=t.device) for _ in range(4))
-        return cls(total, squares, lost, meant)
+        return cls(total, squares, lost, meant, half=t.dtype in HALF)
 
     @property
     def walk(self) -> float:
@@ -60,7 +61,7 @@ class Stored:
     @property
     def walks(self) -> bool:
         """Whether rounding errors stay in the value, and are not the loss of what was meant."""
-        return not self.mastered and self.share <= MOST and self.squares.numel() > 0
+        return self.half and not self.mastered and self.share <= MOST and self.squares.numel() > 0
 
     @property
     def deviation(self) -> torch.Tensor:
@@ -119,7 +120,7 @@ class Watch(Observer):
         self._shadow = {}
         if not self._forward:
             return
-        now = {name: t for name, t in _half(model) if not t.requires_grad}  # averages of weights, too
+        now = {name: t for name, t in _rounded(model) if not t.requires_grad}  # averages of weights, too
         random = RandomState.capture()
         with suppress(Exception):
             twin = copy.deepcopy(model)
@@ -146,7 +147,7 @@ class Watch(Observer):
     def before_update(self) -> None:
         """Step a copy of the optimizer in FP64 on copies of the parameters."""
         self._wanted = {}
-        low = {name: p for name, p in self._model.named_parameters() if p.dtype in _HALF and p.grad is not None}
+        low = {name: p for name, p in self._model.named_parameters() if p.dtype in _ROUNDED and p.grad is not None}
         if not low:
             return
         with suppress(Exception):
@@ -194,8 +195,8 @@ def widen(tensors: Iterable[torch.Tensor]) -> None:
                 t.grad = grad.to(torch.float64)
 
 
-def _half(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [(name, t) for name, t in held(model) if t.dtype in _HALF]
+def _rounded(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [(name, t) for name, t in held(model) if t.dtype in _ROUNDED]
 
 
 def _plain(model: nn.Module) -> list[Any]:
@@ -206,8 +207,8 @@ def _is_mastered(t: torch.Tensor, others: Iterable[torch.Tensor]) -> bool:
     """Whether one of ``others`` is wider and rounds to ``t``."""
     return any(
         o.shape == t.shape
-        and o.dtype not in _HALF
         and o.is_floating_point()
+        and roundoff(o) < roundoff(t)
         and bool((o.detach().to(t.dtype) == t).all())
         for o in others
     )
