@@ -18,6 +18,7 @@ from precision_runtime import forwarding
 from precision_runtime.auditing.defects import KnownDefect, defect_of
 from precision_runtime.auditing.masking import MASKED, Masking
 from precision_runtime.auditing.noise import Noise, is_count
+from precision_runtime.auditing.provenance import Provenance
 from precision_runtime.auditing.randomness import Draw, draw_of
 from precision_runtime.auditing.snapshots import Snapshots
 from precision_runtime.auditing.unseen import made_of_others, traced
@@ -67,6 +68,11 @@ _DECISIONS = frozenset(
         "grid_sampler_2d", "grid_sampler_3d", "grid_sampler_2d_backward", "grid_sampler_3d_backward",
     )
 )  # fmt: skip
+# What decides is the first operand, but where these say otherwise: the grid, not the image.
+_DECIDING = {
+    "aten::grid_sampler_2d": 1, "aten::grid_sampler_3d": 1,
+    "aten::grid_sampler_2d_backward": 2, "aten::grid_sampler_3d_backward": 2,
+}  # fmt: skip
 # Sums in float16, the only half format whose largest number a score of some tens can be added to with an effect.
 _SUMS = frozenset(("aten::add", "aten::add_"))
 # Of these, and of comparisons for equality, the ones that go otherwise where two values are equal: in a half format
@@ -172,6 +178,9 @@ class TrueDouble(OwnMode):
         if name in _CANCELLING:
             return tuple(_each(noise, a) for a in args)
         if is_decision(func, args) and next(self.marks[-1], False):
+            if name in _DECIDING:
+                place = _DECIDING[name]
+                return (*args[:place], noise.rounded(args[place]), *args[place + 1 :])
             if name not in _EQUALITIES:
                 args = tuple(_each(lambda t: t if is_count(t) else noise.rounded(t), a) for a in args)
             return tuple(_each(noise.on_grid, a) for a in args) if name in _TIES or name in _EQUALITIES else args
@@ -230,7 +239,7 @@ class LowWatch(OwnMode):
     ``frames`` holds what the ops did in each open module call, innermost last; ``frames[0]`` is the whole run.
     ``products`` holds the dtypes that matrix products and convolutions ran in, ``defects`` the known backend defects
     that were met; those are computed rightly instead, so that they hide nothing else. ``snapshots`` are told what the
-    ops write to.
+    ops write to, and ``provenance``, where there is one, what they make of what.
     """
 
     @classmethod
@@ -240,6 +249,7 @@ class LowWatch(OwnMode):
 
     def __init__(self, low: torch.dtype, masking: Masking | None = None, copying: bool = False) -> None:
         super().__init__()
+        self.provenance: Provenance | None = None
         self._low, self._masking = low, masking or Masking(FORMATS["float64"])
         self.products: set[torch.dtype] = set()
         self.frames: list[Trace] = [Trace()]
@@ -267,7 +277,7 @@ class LowWatch(OwnMode):
         if draw is not None:
             return draw(func, args, kwargs)
         if is_decision(func, args):
-            self.frames[-1].decisions.append(_is_rounded(args[0], self._low))
+            self.frames[-1].decisions.append(self._is_rounded_operand(args[_DECIDING.get(func._schema.name, 0)]))
         if func._schema.name in MASKED:
             result = self._masking.run(func, args, kwargs)
         elif func._schema.name in _SUMS and args[0].dtype is torch.float16:
@@ -280,6 +290,8 @@ class LowWatch(OwnMode):
             self.frames[-1].decisions.append(_is_rounded(result, self._low))
         if defect is not None:
             result = self._repair(defect, func, args, kwargs, result)
+        if self.provenance is not None:
+            self.provenance.note(func, args, kwargs, result)
         first = result if isinstance(result, torch.Tensor) else _first_tensor(result)
         if first is not None and first.is_floating_point():
             trace = self.frames[-1]
@@ -288,6 +300,10 @@ class LowWatch(OwnMode):
             if product:
                 self.products.add(first.dtype)
         return result
+
+    def _is_rounded_operand(self, t: torch.Tensor) -> bool:
+        """Whether rounding to the mode's dtype was the price of ``t``: a table of constants need not have paid it."""
+        return _is_rounded(t, self._low) and not (self.provenance is not None and self.provenance.is_table(t))
 
     def _repair(
         self, defect: KnownDefect, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any

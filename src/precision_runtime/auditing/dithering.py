@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from precision_runtime.auditing.observer import Observer, Plan, Step
-from precision_runtime.auditing.shadow import map_operands, own, tensors_of, written
+from precision_runtime.auditing.places import tensors_of
+from precision_runtime.auditing.shadow import map_operands, own, written
 from precision_runtime.rounding import mixed, round_stochastically, words_like
 
 _HALF = (torch.float16, torch.bfloat16)

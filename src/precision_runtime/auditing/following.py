@@ -11,7 +11,8 @@ import torch
 
 from precision_runtime.auditing.noise import is_count
 from precision_runtime.auditing.observer import Observer, Plan, Step
-from precision_runtime.auditing.shadow import is_plain, key_of, map_operands, own, relative, tensors_of, written
+from precision_runtime.auditing.places import is_plain, key_of, tensors_of
+from precision_runtime.auditing.shadow import map_operands, own, relative, written
 
 
 @dataclass

@@ -16,8 +16,9 @@ import torch
 from torch._ops import HigherOrderOperator
 
 from precision_runtime.auditing.dispatch import PRODUCTS, Trace, TrueDouble
+from precision_runtime.auditing.places import tensors_of
 from precision_runtime.auditing.randomness import draw_of
-from precision_runtime.auditing.shadow import Shadows, own, tensors_of
+from precision_runtime.auditing.shadow import Shadows, own
 from precision_runtime.auditing.unseen import made_of_others, traced
 from precision_runtime.dispatching import OwnMode, opened
 

@@ -13,6 +13,7 @@ from precision_runtime import operands
 from precision_runtime.auditing.dispatch import Trace
 from precision_runtime.auditing.hooks import on_gradient
 from precision_runtime.auditing.noise import Noise
+from precision_runtime.auditing.provenance import Provenance
 from precision_runtime.auditing.randomness import RandomState
 from precision_runtime.auditing.screened import Screened
 from precision_runtime.auditing.snapshots import Snapshots
@@ -42,6 +43,7 @@ class Call:
     trace: Trace = field(default_factory=Trace)  # what its ops did
     moved: dict[str, torch.Tensor] = field(default_factory=dict)  # how far the layer's own rounding moved its operands
     anchors: list[torch.Tensor] | None = None  # the inputs, where none of them is floating
+    tables: frozenset[str] = frozenset()  # paths of the results that are made of constants only
     screened: Screened | None = None  # what an FP64 run found of it as it went, where that is all that is kept
     end: int = -1  # order in which calls ended; -1 while open, or when the call raised
 
@@ -79,6 +81,7 @@ class Recorder:
     ``marks`` is the stack of a ``TrueDouble``, filled from the decisions of ``twins``, the low-precision run's calls.
     ``frames`` is the stack of a ``LowWatch``, which notes there what the ops of the open call do.
     ``exchange`` is asked at each border; then gradients are not kept, and results only where it says so.
+    ``provenance`` says which results are tables; where a twin's is one, ``perturb`` leaves it as it is.
     ``snapshots`` are those of the dispatch mode that the run is under; without them all that is kept is copied.
     Layers that round the operands of their products to a grid of their own (``operands``) are listened to with
     ``inputs``; with ``perturb`` the operands are moved as far in either direction, as the ``twins`` say.
@@ -89,8 +92,9 @@ class Recorder:
         gradients: bool = False, perturb: Noise | None = None, skip: nn.Module | None = None,
         frames: list[Trace] | None = None, alike: frozenset[str] = frozenset(),
         marks: list[Iterator[bool]] | None = None, twins: Sequence[Call] = (), scale: float = 1.0,
-        exchange: Exchange | None = None, snapshots: Snapshots | None = None,
+        exchange: Exchange | None = None, snapshots: Snapshots | None = None, provenance: Provenance | None = None,
     ) -> None:  # fmt: skip
+        self._provenance = provenance
         self.snapshots = snapshots or Snapshots(copying=True)
         self._exchange = exchange
         self.scale = scale  # of the loss in the run of the twins
@@ -155,6 +159,12 @@ class Recorder:
         if self._listening is not None:
             self._listening.__exit__(None, None, None)
         self._drop_overwritten()
+
+    def rest(self) -> None:
+        """The forward pass is over."""
+        self.active = False
+        if self._provenance is not None:
+            self._provenance.close()
 
     @property
     def innermost(self) -> Call | None:
@@ -235,10 +245,14 @@ class Recorder:
         call.end = self._ends
         self._ends += 1
         changed = False
+        if self._provenance is not None:
+            tables = (path for path, t in leaves(output, objects=False) if self._provenance.is_table(t))
+            call.tables = frozenset(tables)
         if self.perturb is not None and not (call.parent is None and module is self.skip):
             if call.anchors is not None:
                 call.outputs = self._results(call, output)
-            output = self._disturbed(module, output)
+            twin = self._twin(call)
+            output = self._disturbed(module, output, twin.tables if twin is not None else frozenset())
             changed = True
         elif self._exchange is not None:
             if self._exchange.keeps(call):
@@ -287,12 +301,15 @@ class Recorder:
         plain = {id(t) for _, t in leaves(given, objects=False)}
         return any(t.grad_fn is not None for _, t in leaves(given) if id(t) not in plain)
 
-    def _disturbed(self, module: nn.Module, output: Any) -> Any:
+    def _disturbed(self, module: nn.Module, output: Any, tables: frozenset[str] = frozenset()) -> Any:
         assert self.perturb is not None
         name = self._names[id(module)]
         noise = self.perturb.fixed(name) if name in self.alike else self.perturb
+        constant = {id(t) for path, t in leaves(output, objects=False) if path in tables} if tables else set()
 
         def disturb(t: torch.Tensor) -> torch.Tensor:
+            if id(t) in constant:
+                return t
             new = noise.result(t)
             if new is not t and new.requires_grad:
                 on_gradient(new, noise)

@@ -109,17 +109,20 @@ class Runs:
         with worlds.low(), plain, watching(self.mode) as self._shares, self._watch:
             reseed(self.seed)
             args, kwargs = cast_tree(clone((self.args, self.kwargs)), TO[getattr(torch, self.mode.params)])
+            provenance = self._watch.provenance = worlds.provenance()
             recorder = Recorder(
                 worlds.names, worlds, inputs=True, gradients=self.gradients, frames=self._watch.frames,
-                snapshots=self._watch.snapshots,
+                snapshots=self._watch.snapshots, provenance=provenance if self.mode.low else None,
             )  # fmt: skip
-            return execute(
+            run = execute(
                 self.function, args, kwargs, recorder,
                 cotangent=loss_gradient(self.seed) if self.gradients else None,
                 parameters=self._parameters.values(),
                 scales=SCALES if self.mode.scaled else SUM_SCALES if self.mode.low else (1.0,),
                 forward_context=self._lane, backward_context=self.strategy.backward,
             )  # fmt: skip
+            worlds.unrounded = provenance.unrounded if self.mode.autocast else frozenset()
+            return run
 
     def _lane(self) -> AbstractContextManager[None]:
         return lane(self.strategy, self._watch)

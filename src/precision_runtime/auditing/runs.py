@@ -74,12 +74,12 @@ def execute(
         with recorder:
             with torch.set_grad_enabled(grad), forward_context():
                 result = function(*args, **kwargs)
-            recorder.active = False
+            recorder.rest()
             with backward_context():
                 run = Run([], recorder.calls)
                 return differentiate(run, result, sources, recorder, cotangent, parameters, scales)
     finally:
-        recorder.active = False
+        recorder.rest()
 
 
 def differentiate(

@@ -10,6 +10,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from precision_runtime.auditing.dispatch import WIDE
+from precision_runtime.auditing.places import is_plain, tensors_of
 from precision_runtime.auditing.writes import places_written, values_at
 
 _PURGE = 512  # shadows put between two searches for those whose storage is gone
@@ -101,29 +102,6 @@ def relative(low: torch.Tensor, exact: torch.Tensor) -> float:
     if off == 0.0:
         return 0.0
     return off / size if size > 0.0 else math.inf
-
-
-def tensors_of(value: Any) -> list[torch.Tensor]:
-    """The tensors among an op's arguments or results, in order."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [t for v in value.values() for t in tensors_of(v)]
-    if isinstance(value, (list, tuple)):
-        return [t for v in value for t in tensors_of(v)]
-    return []
-
-
-def is_plain(t: torch.Tensor) -> bool:
-    """Whether the tensor has a storage that its sizes and strides describe (forward-mode zeros have no memory)."""
-    if t.layout is not torch.strided or t.is_nested or t.is_quantized or t.device.type == "meta":
-        return False
-    return not t._is_zerotensor()
-
-
-def key_of(t: torch.Tensor) -> int | None:
-    """What tells storages apart; None where there is none."""
-    return int(t.untyped_storage()._cdata) if is_plain(t) else None
 
 
 def _viewed(base: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

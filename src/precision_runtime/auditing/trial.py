@@ -179,7 +179,9 @@ class Trial(Runs):
             # Decisions were rounded in other places in other modes.
             own = self.mode.name if self._products or any(c.moved for c in low.calls) else ""
             decisions = tuple(d for c in low.calls for d in c.trace.decisions)
-            key = (width * forward_u, width * yardstick.step, own, self._exact.key, decisions, norms)
+            given = frozenset(names[k] for k in worlds.unrounded if k in names)
+            tables = tuple((c.name, c.index, c.tables) for c in low.calls if c.tables)
+            key = (width * forward_u, width * yardstick.step, own, self._exact.key, decisions, norms, given, tables)
             made = reference.samples.setdefault(key, [])
             while len(made) <= number:
                 run, _ = self._true(worlds, yardstick.noise(forward_u, len(made), width, norms))

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from precision_runtime.auditing.observer import Observer, Plan, Step
-from precision_runtime.auditing.shadow import key_of, map_operands, own, tensors_of, written
+from precision_runtime.auditing.places import key_of, tensors_of
+from precision_runtime.auditing.shadow import map_operands, own, written
 
 
 class Widening(Observer):

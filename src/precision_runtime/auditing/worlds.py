@@ -18,13 +18,16 @@ from torch import nn
 from precision_runtime.auditing.dispatch import WIDE
 from precision_runtime.auditing.noise import Noise
 from precision_runtime.auditing.originals import Originals
+from precision_runtime.auditing.provenance import Provenance
 from precision_runtime.auditing.scripted import script_attributes, set_script_attribute
+from precision_runtime.formats import FORMATS
 from precision_runtime.layers import QuantizedLayer
 from precision_runtime.tree import leaves, map_tensors
 
 # torch's own bookkeeping in a module's __dict__; hooks are ours and users', and survive.
 _INTERNAL = frozenset(k for k in vars(nn.Module()) if k != "training")
 _MISSING = object()
+_SINGLE = FORMATS["float32"].unit_roundoff
 
 
 @dataclass
@@ -133,6 +136,7 @@ class Worlds:
         # costs. Here are the weights from before.
         self.unquantized: dict[int, torch.Tensor] = {}
         self.low_parameters: dict[int, torch.Tensor] = {}
+        self.unrounded: frozenset[int] = frozenset()  # parameters, by id, that the mode computes with as they are
         self.low_buffers: dict[tuple[int, str], torch.Tensor] = {}
         # FP64 parameters beside what they were widened from, so that they can be written over and made anew.
         self._sources: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -184,6 +188,12 @@ class Worlds:
         """
         return bool(self._state) and _strided(t) and t.untyped_storage().data_ptr() in self._state
 
+    def provenance(self) -> Provenance:
+        """One that knows the parameters and buffers of the world that stands."""
+        modules = list(self.names.values())
+        buffers = [b for m in modules for b in m._buffers.values() if b is not None]
+        return Provenance(buffers, [p for m in modules for p in m._parameters.values() if p is not None])
+
     @contextmanager
     def low(self) -> Iterator[None]:
         """The mode's own tensors, fresh."""
@@ -219,13 +229,16 @@ class Worlds:
     ) -> Iterator[dict[int, torch.Tensor]]:
         """The FP64 parameters in ``used`` (by id) disturbed by ``noise``, those in ``moved`` also as far as it says.
 
+        Those that the mode does not round (``unrounded``) are disturbed as float32 rounds.
         They are disturbed where they are and widened anew afterwards: no second copy of a large model in FP64.
         """
         keys = [key for key in self.true_parameters if key in used]
         out: dict[int, torch.Tensor] = {}
         try:
             for key in keys:
-                out[key] = self._put(key, noise.rounded(self.true_parameters[key]))
+                value = self.true_parameters[key]
+                value = noise.by(_SINGLE, value) if key in self.unrounded else noise.rounded(value)
+                out[key] = self._put(key, value)
             for key in moved:
                 if key in out:
                     out[key] = self._put(key, noise.within(out[key], moved[key]))

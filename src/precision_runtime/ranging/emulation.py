@@ -22,12 +22,13 @@ from precision_runtime.auditing.dispatch import LowWatch, TrueDouble
 from precision_runtime.auditing.noise import Noise
 from precision_runtime.auditing.observer import Observer, Plan, Step
 from precision_runtime.auditing.originals import Originals
+from precision_runtime.auditing.places import key_of, tensors_of
 from precision_runtime.auditing.randomness import reseed
 from precision_runtime.auditing.recorder import Call, Recorder
 from precision_runtime.auditing.references import Reference, References
 from precision_runtime.auditing.running import SCALES, SUM_SCALES
 from precision_runtime.auditing.runs import Run, execute, loss_gradient
-from precision_runtime.auditing.shadow import key_of, map_operands, tensors_of, written
+from precision_runtime.auditing.shadow import map_operands, written
 from precision_runtime.auditing.trial import Trial
 from precision_runtime.auditing.worlds import Worlds, clone, widen_tree
 from precision_runtime.casting import TO, cast_tree
