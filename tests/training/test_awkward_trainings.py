@@ -207,3 +207,57 @@ def test_weight_decay_that_does_nothing_is_found(bad: bool) -> None:
         (finding,) = report.findings
         assert (finding.where, finding.kind, finding.module) == ("update", "underflow", "table")
         assert "100% of the movement that the optimizer meant left no trace" in finding.message
+
+
+@BOTH
+def test_a_norm_that_overflows_when_gradients_are_clipped_is_no_fault_of_the_backward_pass(bad: bool) -> None:
+    """600 squared is more than float16 holds: the factor by which gradients are clipped becomes 0."""
+
+    def step(model: nn.Module, optimizer: Any, loss: torch.Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = torch.stack([(g if bad else wide(g)).square().sum() for g in grads]).sum().sqrt()
+        for g in grads:
+            g.mul_((1.0 / norm).to(g.dtype))
+        optimizer.step()
+
+    def large(model: nn.Module, batch: Any) -> torch.Tensor:
+        return 3000.0 * functional.mse_loss(model(batch[0]), batch[1])
+
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+
+    report = audit_training(
+        net, lambda m: torch.optim.SGD(m.parameters(), lr=0.5), large, BATCH, "16-true", steps=4, step_fn=step
+    )
+    assert report.ok is not bad, str(report)
+    if bad:
+        first = report.findings[0]
+        assert (first.kind, first.where) == ("instability", "update")
+        assert "the backward pass leaves its gradient right" in first.message
+        assert "taken with is zero" in first.message
+
+
+@BOTH
+def test_decay_that_is_added_to_scaled_gradients_is_told_from_a_wrong_gradient(bad: bool) -> None:
+    def step(model: nn.Module, optimizer: Any, loss: torch.Tensor) -> None:
+        scaler = scalers.setdefault(id(model), torch.amp.GradScaler("cpu"))
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        if not bad:
+            scaler.unscale_(optimizer)
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.add_(p.detach(), alpha=0.5)
+        scaler.step(optimizer)
+        scaler.update()
+
+    scalers: dict[int, torch.amp.GradScaler] = {}
+    report = audit_training(
+        lambda: nn.Linear(8, 4), lambda m: torch.optim.SGD(m.parameters(), lr=0.1), mse, BATCH, "16-mixed", steps=4,
+        step_fn=step,
+    )  # fmt: skip
+    assert report.ok is not bad, str(report)
+    if bad:
+        first = report.findings[0]
+        assert (first.kind, first.where) == ("instability", "update")
+        assert "what is done to it in between" in first.message

@@ -11,7 +11,7 @@ import torch
 
 from precision_runtime.record import Finding, Kind, Where, Worst, lost_bits
 from precision_runtime.training.course import Course
-from precision_runtime.training.sheet import MOST, Entry, rms
+from precision_runtime.training.sheet import HALF, MOST, Entry, rms
 from precision_runtime.training.watching import Stored
 
 _LOSSES = "FP64 computes other losses from the very same weights: they are summed or computed in too few digits"
@@ -62,7 +62,7 @@ def cause_of(entry: Entry, evidence: Evidence) -> Cause:
             f"this average of {entry.owner!r} has gone {_way(entry):.0%} of its way: what it is to move in a step is "
             "below half a unit in its last place. Keep it in float32",
         )  # fmt: skip
-    for look in (_stuck, _scaled, _underflow, _gradient, _lost, _state, _broken):
+    for look in (_stuck, _scaled, _changed, _underflow, _gradient, _lost, _state, _broken):
         found = look(entry, evidence)
         if found is not None:
             return found
@@ -131,6 +131,50 @@ def _scaled(entry: Entry, evidence: Evidence) -> Cause | None:
     )  # fmt: skip
 
 
+def _changed(entry: Entry, evidence: Evidence) -> Cause | None:
+    """A gradient that the backward pass left right, but for a loss scale, and that the step was not taken with."""
+    name = entry.name
+    low, true = evidence.low.first.get(name), evidence.true.first.get(name)
+    if low is None or true is None or low.shape != true.shape or not left_right(name, evidence):
+        return None
+    low, true = low.to(torch.float64).reshape(-1), true.to(torch.float64).reshape(-1)
+    sizes = float(torch.linalg.vector_norm(low)), float(torch.linalg.vector_norm(true))
+    common = math.hypot(evidence.u * rms(true) / math.sqrt(3.0), _spread(name, evidence))
+    if not sizes[1] or rms(low - true) <= evidence.limit * common:
+        return None
+    if not sizes[0]:
+        how = "zero"
+    elif not _parallel(low, true, sizes):
+        how = f"{lost_bits(rms(low - true) / common):.1f} bits off" if common else "another"
+    else:
+        how = _times(sizes[0] / sizes[1])
+    return Cause(
+        2, "instability", "update",
+        f"the backward pass leaves its gradient right (but for a loss scale), and the one that the first step is taken "
+        f"with is {how}: what is done to it in between (unscaling, clipping, decay, a norm that overflows) is wrong",
+    )  # fmt: skip
+
+
+def left_right(name: str, evidence: Evidence) -> bool:
+    """Whether the backward pass left this gradient right, whatever factor all of it has."""
+    low, true = evidence.low.left.get(name), evidence.true.left.get(name)
+    if low is None or true is None or low.shape != true.shape or not bool(true.any()):
+        return False
+    low, true = low.to(torch.float64).reshape(-1), true.to(torch.float64).reshape(-1)
+    factor = float(low @ true) / float(true @ true)
+    if not math.isfinite(factor) or factor <= 0.0:
+        return False
+    twins = [s.left[name].to(torch.float64).reshape(-1) for s in evidence.samples if name in s.left]
+    squares = [rms(t - true) ** 2 for t in twins if t.shape == true.shape]
+    spread = math.sqrt(sum(squares) / len(squares)) if squares else 0.0
+    common = math.hypot(evidence.u * rms(true) / math.sqrt(3.0), spread)
+    return rms(low / factor - true) <= evidence.limit * common
+
+
+def _parallel(low: torch.Tensor, true: torch.Tensor, sizes: tuple[float, float]) -> bool:
+    return float(low @ true) > _PARALLEL * sizes[0] * sizes[1]
+
+
 def _gradient(entry: Entry, evidence: Evidence) -> Cause | None:
     low, true = evidence.low.first.get(entry.name), evidence.true.first.get(entry.name)
     if low is None or true is None or low.shape != true.shape or _exact_zero(entry.name, evidence):
@@ -172,10 +216,17 @@ def _state(entry: Entry, evidence: Evidence) -> Cause | None:
             f"{gone:.0%} of the norm of the optimizer's state {worst.name!r} is zero: squares of gradients are below "
             f"the smallest value of its dtype{told}",
         )  # fmt: skip
+    kept = evidence.low.state.get(worst.name)
+    why = (
+        "it is kept in too few digits"
+        if kept is None or kept.dtype in HALF
+        else (
+            "it is kept in float32: what is added to it (a rate, a power of beta, a count of steps) has too few digits"
+        )
+    )
     return Cause(
         4, "instability", "update",
-        f"the optimizer's state {worst.name!r} is {lost_bits(worst.excess):.1f} bits off: it is kept in too few "
-        f"digits{told}",
+        f"the optimizer's state {worst.name!r} is {lost_bits(worst.excess):.1f} bits off: {why}{told}",
     )  # fmt: skip
 
 

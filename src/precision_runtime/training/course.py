@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,8 @@ class Trouble:
 class Course:
     """What a training did. Tensors are copies; ``start`` and ``end`` hold parameters and floating buffers by path.
 
-    ``first`` are the gradients that the first step was taken with, ``norms`` those of every step taken, by parameter.
+    ``first`` are the gradients that the first step was taken with, ``norms`` those of every step taken, by parameter;
+    ``left`` are those that the backward pass left before it, where the user's own function steps.
     ``taken`` and ``cleared`` say for each step whether the optimizer stepped, and whether gradients were forgotten
     before it. ``rates`` are the learning rates after each step.
     """
@@ -43,6 +44,7 @@ class Course:
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     losses: list[torch.Tensor] = field(default_factory=list)
     first: dict[str, torch.Tensor] = field(default_factory=dict)
+    left: dict[str, torch.Tensor] = field(default_factory=dict)
     norms: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     taken: list[bool] = field(default_factory=list)
     cleared: list[bool] = field(default_factory=list)
@@ -146,7 +148,8 @@ class Runner:
             course.loss_trouble = Trouble(number, "loss")
         if self.lesson.step_fn is not None:
             self.phase = "update"
-            self.lesson.step_fn(self.model, self.optimizer, loss)
+            with self._noting_what_is_left():
+                self.lesson.step_fn(self.model, self.optimizer, loss)
         elif isinstance(self.optimizer, LBFGS):
             self._search(batch, loss, seed)
         else:
@@ -160,6 +163,24 @@ class Runner:
         course.rates.append(_rates(self.optimizer))
         if taken and course.loss_trouble is not None and course.loss_trouble.step == number:
             course.trouble = course.loss_trouble
+
+    @contextmanager
+    def _noting_what_is_left(self) -> Iterator[None]:
+        """Note the gradients as the backward passes before the first step leave them."""
+        handles = []
+        for name, p in self.model.named_parameters() if not self.course.first else ():
+
+            def note(p: torch.Tensor, name: str = name) -> None:
+                if not self.course.first and p.grad is not None and p.grad.layout is torch.strided:
+                    self.course.left[name] = p.grad.detach().clone()
+
+            if p.requires_grad:
+                handles.append(p.register_post_accumulate_grad_hook(note))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _search(self, batch: Any, loss: torch.Tensor, seed: int) -> None:
         known: list[torch.Tensor] = [loss]

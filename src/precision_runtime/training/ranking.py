@@ -20,7 +20,7 @@ from precision_runtime.training.hazards import hazards_of
 from precision_runtime.training.lesson import Lesson
 from precision_runtime.training.notes import Notes
 from precision_runtime.training.remedies import Remedies
-from precision_runtime.training.sheet import MOST, WALKS, Entry, entries_of, rms, screen, settle, spread_of
+from precision_runtime.training.sheet import HALF, MOST, WALKS, Entry, entries_of, rms, screen, settle, spread_of
 from precision_runtime.training.trainings import LowRun, Trainings
 from precision_runtime.training.watching import Stored, Watch
 
@@ -66,7 +66,7 @@ class Ranking:
             )
         states = {e.name: e for e in failed if e.kind == "state"}
         moved = [e for e in failed if e.kind in ("parameter", "buffer")] or [e for e in failed if e.kind == "loss"]
-        moved += [e for e in failed if e.kind == "average" and e.stuck]
+        moved += [e for e in failed if e.kind == "average" and e.stuck and course.state[e.name].dtype in HALF]
         # Only measured figures: what passed on its bound has lost less than the budget, nobody knows how much.
         self.notes.scores += [e.excess for e in entries if e.measured and e.excess <= self.limit]
         for entry in () if moved else states.values():
@@ -101,6 +101,8 @@ class Ranking:
         smallest = self.mode.format.smallest_subnormal
         names = [n for n in true.norms if n in course.norms and vanishes(course.norms[n], true.norms[n])]
         names = [n for n in names if FLOOR < rms(true.first[n]) < smallest] if self.mode.low else []
+        # Those that were there when the backward pass was over have been lost by what came after.
+        names = [n for n in names if n not in course.left or not bool(course.left[n].any())]
         if not names:
             return []
         other = sample(0, 1.0).first
