@@ -73,6 +73,22 @@ def test_a_verdict_takes_as_many_disturbed_trainings_as_it_needs() -> None:
     assert settle(screen([open_], 4.0, sample(2.4)), 4.0, sample(2.4)) == []  # 10 / hypot(2.4, 1) = 3.85
 
 
+@pytest.mark.parametrize(("elements", "ways"), [(8, 24), (100, 4)])
+def test_few_numbers_fail_only_beside_many_disturbed_trainings(elements: int, ways: int) -> None:
+    """A disturbed training in eight goes as far as the mode did: four of them need not have seen it."""
+    asked: set[int] = set()
+
+    def sample(number: int, width: float) -> Course:
+        asked.add(number)
+        return course(w=[20.0 if number % 8 == 7 else 0.0] * elements)
+
+    zero = torch.zeros(elements, dtype=torch.float64)
+    error = Entry("w", "parameter", zero + 20.0, zero, 1.0, torch.Size([elements]))
+    failed = settle([error], 4.0, sample)
+    assert len(asked) == ways
+    assert bool(failed) is (ways < 8)
+
+
 @pytest.mark.parametrize(("dtype", "twin"), [(torch.float16, np.float16), (torch.bfloat16, ml_dtypes.bfloat16)])
 def test_the_spacing_is_that_of_the_format(dtype: torch.dtype, twin: type) -> None:
     values = torch.tensor([1.0, 1.5, 2.0, 0.1, 3e-3, 100.0, 6e4], dtype=dtype)
