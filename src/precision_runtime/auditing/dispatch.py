@@ -178,9 +178,6 @@ class TrueDouble(OwnMode):
         if name in _CANCELLING:
             return tuple(_each(noise, a) for a in args)
         if is_decision(func, args) and next(self.marks[-1], False):
-            if name in _DECIDING:
-                place = _DECIDING[name]
-                return (*args[:place], noise.rounded(args[place]), *args[place + 1 :])
             if name not in _EQUALITIES:
                 args = tuple(_each(lambda t: t if is_count(t) else noise.rounded(t), a) for a in args)
             return tuple(_each(noise.on_grid, a) for a in args) if name in _TIES or name in _EQUALITIES else args

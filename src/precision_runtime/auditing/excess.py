@@ -166,8 +166,13 @@ class Pair:
         """Where a piece begins, its error's size and a tail of 1: B_i + u |r_i| and ``common``, which all have."""
         for piece in pieces(self.reference):
             reference = self.reference[piece]
-            off = _difference(self.observed[piece], reference) if self.settled is None else self.settled[piece]
-            yield piece.start, off.abs(), spread.within(piece).add_(reference.abs().mul_(self.u)).add_(common)
+            off = (
+                _difference(self.observed[piece], reference).abs_()
+                if self.settled is None
+                else self.settled[piece].abs()
+            )
+            allowed, own = reference.abs().mul_(self.u).add_(common), spread.within(piece)
+            yield piece.start, off, allowed if own is None else allowed.add_(own)
 
     def _tail_by_chance(self, samples: Sequence[torch.Tensor], common: float) -> float:
         """The largest tail of a perturbed run beside the others: the kink of a ReLU moves few elements, but far."""

@@ -29,32 +29,39 @@ class Spread:
         self, reference: torch.Tensor, samples: Sequence[torch.Tensor],
         wide: Sequence[torch.Tensor] = (), width: float = 1.0,
     ) -> None:  # fmt: skip
-        self._reference, self._kinds = reference, [(samples, 1.0), (wide, width)]
+        self._reference = reference
+        self._kinds = [(kind, wider) for kind, wider in ((samples, 1.0), (wide, width)) if kind]
         self._whole: torch.Tensor | None = None  # of a tensor that is no more than one piece
-        sums = [0.0, 0.0]
-        for piece in pieces(reference) if samples or wide else ():
-            squares = [self._squares(piece, *kind) for kind in self._kinds]
-            sums = [total + float(square.sum()) for total, square in zip(sums, squares, strict=True)]
+        sums = [0.0] * len(self._kinds)
+        for piece in pieces(reference) if self._kinds else ():
+            found = [self._distance(piece, *kind) for kind in self._kinds]
+            sums = [total + float(torch.linalg.vector_norm(f)) ** 2 for total, f in zip(sums, found, strict=True)]
             if reference.numel() <= PIECE:
-                self._whole = torch.maximum(*squares).sqrt_()
-        self.rms = math.sqrt(max(sums) / reference.numel()) if reference.numel() else 0.0
+                self._whole = _larger(found)
+        self.rms = math.sqrt(max(sums) / reference.numel()) if sums and reference.numel() else 0.0
 
-    def within(self, piece: slice) -> torch.Tensor:
-        """The distances of the elements of this piece, as the caller's own; 0 where there are no samples."""
-        if self._whole is not None:
-            return self._whole.clone()
-        return torch.maximum(*(self._squares(piece, *kind) for kind in self._kinds)).sqrt_()
+    def within(self, piece: slice) -> torch.Tensor | None:
+        """The distances of the elements of this piece, not to be written to; None where there are no samples."""
+        if self._whole is not None or not self._kinds:
+            return self._whole
+        return _larger([self._distance(piece, *kind) for kind in self._kinds])
 
-    def _squares(self, piece: slice, samples: Sequence[torch.Tensor], width: float) -> torch.Tensor:
-        reference = self._reference[piece]
-        total = torch.zeros_like(reference)
+    def _distance(self, piece: slice, samples: Sequence[torch.Tensor], width: float) -> torch.Tensor:
+        reference, total = self._reference[piece], None
         for sample in samples:
             difference = sample[piece] - reference
             # A sample beyond the reach of FP64 (a mask's constant) says nothing about the spread.
             if not largest(difference) < SENTINEL:
                 difference.masked_fill_(~(difference.abs() < SENTINEL), 0.0)
-            total.addcmul_(difference, difference)
-        return total.div_(max(1, len(samples)) * width * width)
+            if len(samples) == 1:
+                return difference.abs_().div_(width) if width != 1.0 else difference.abs_()
+            total = difference.square_() if total is None else total.addcmul_(difference, difference)
+        assert total is not None
+        return total.div_(len(samples) * width * width).sqrt_()
+
+
+def _larger(found: Sequence[torch.Tensor]) -> torch.Tensor:
+    return found[0] if len(found) == 1 else torch.maximum(*found)
 
 
 def pieces(t: torch.Tensor) -> Iterator[slice]:
