@@ -28,7 +28,8 @@ def floating_to(dtype: torch.dtype) -> CastTable:
 
 NOTHING: CastTable = MappingProxyType({})
 TO: Mapping[torch.dtype, CastTable] = MappingProxyType({dtype: floating_to(dtype) for dtype in FLOATING})
-HALF_TO_SINGLE: CastTable = MappingProxyType({torch.float16: torch.float32, torch.bfloat16: torch.float32})
+HALF = (torch.float16, torch.bfloat16)
+HALF_TO_SINGLE: CastTable = MappingProxyType(dict.fromkeys(HALF, torch.float32))
 TO_DOUBLE: CastTable = MappingProxyType(
     {**floating_to(torch.float64), torch.complex32: torch.complex128, torch.complex64: torch.complex128}
 )

@@ -23,9 +23,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from precision_runtime.casting import HALF
 from precision_runtime.errors import ConfigurationError
 
-_HALF = (torch.float16, torch.bfloat16)
 _WIDE = (torch.float32, torch.float64)
 
 
@@ -56,13 +56,13 @@ def keeping(models: Iterable[nn.Module]) -> Iterator[None]:
     yield
     while full:
         parameter, before = full.pop()
-        if parameter.dtype in _HALF:
+        if parameter.dtype in HALF:
             keep_full(parameter, before.to(torch.float32, copy=True))  # others may still hold what was there
 
 
 def master_of(parameter: torch.Tensor) -> torch.Tensor | None:
     """The master of a half parameter, None where it has none."""
-    found = _MASTERS.get(parameter) if parameter.dtype in _HALF else None
+    found = _MASTERS.get(parameter) if parameter.dtype in HALF else None
     return None if found is None else found.tensor
 
 
@@ -121,7 +121,7 @@ class Masters(NoMasters):
         for group in optimizer.param_groups:
             parameters = group["params"]
             for i, p in enumerate(parameters):
-                if p.dtype in _HALF and p.requires_grad:
+                if p.dtype in HALF and p.requires_grad:
                     master = _follow(p, strictly)
                     parameters[i] = master
                     if p in optimizer.state:
@@ -196,7 +196,7 @@ def _give_full(module: nn.Module, state: dict[str, Any], prefix: str, metadata: 
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         key = prefix + name
         there = state.get(key)
-        if tensor is None or tensor.dtype not in _HALF or there is None or there is tensor:  # keep_vars asks for itself
+        if tensor is None or tensor.dtype not in HALF or there is None or there is tensor:  # keep_vars asks for itself
             continue
         master = master_of(tensor)
         state[key] = there.float() if master is None else _follow(tensor, strictly=False).detach()
@@ -211,7 +211,7 @@ def _take_full(module: nn.Module, state: dict[str, Any], prefix: str, metadata: 
         )
     for name, parameter in module._parameters.items():
         value = state.get(prefix + name)
-        if parameter is None or parameter.dtype not in _HALF or not parameter.requires_grad or value is None:
+        if parameter is None or parameter.dtype not in HALF or not parameter.requires_grad or value is None:
             continue
         if value.shape != parameter.shape:  # torch says so itself
             continue

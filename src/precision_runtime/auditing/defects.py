@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-_HALF = (torch.float16, torch.bfloat16)
+from precision_runtime.casting import HALF
+
 # A kernel within this factor of one rounding of its result is healthy; beyond it the listed defect has struck. It is
 # below the limit of the audit, 4 in the same unit, for the tail of what is let through has its own limit.
 _HEALTHY = 3.0
@@ -74,10 +75,10 @@ def _norm_backward(
     The saved 1 / std stays as it is: without the norm's eps no better one can be had, and one rounding does no harm.
     """
     x = args[1]
-    if x.device.type != "cpu" or x.dtype not in _HALF or args[place] is None:
+    if x.device.type != "cpu" or x.dtype not in HALF or args[place] is None:
         return None
     operands = [_single(a) for a in args]
-    if args[place].dtype in _HALF:
+    if args[place].dtype in HALF:
         operands[place] = mean(operands[1]).reshape(args[place].shape)
     wide = func(*operands, **kwargs)
     factor = max(_factor(r, w, x.dtype) for r, w in zip(result, wide, strict=True))
@@ -106,7 +107,7 @@ def _convolution_backward(
 ) -> tuple[Any, float] | None:
     x, weight, stride = args[1], args[2], args[4]
     windows = math.prod(-(-k // s) for k, s in zip(weight.shape[2:], stride, strict=True))
-    if x.device.type != "cpu" or x.dtype not in _HALF or result[0] is None or windows < _OVERLAPS:
+    if x.device.type != "cpu" or x.dtype not in HALF or result[0] is None or windows < _OVERLAPS:
         return None
     wide = func(*(_single(a) for a in args), **kwargs)
     factor = _factor(result[0], wide[0], x.dtype)
@@ -120,7 +121,7 @@ KNOWN_DEFECTS = (
         name="layer-norm-weight-gradient",
         op="aten::native_layer_norm_backward",
         device="cpu",
-        dtypes=_HALF,
+        dtypes=HALF,
         torch_versions="2.13",
         summary="LayerNorm's weight and bias gradients are accumulated in the low dtype on the CPU; the error grows "
         "with the square root of the rows (error over u: 4 at 256 rows, 30 at 16,384); and where the weight is half, "
@@ -141,7 +142,7 @@ excess = float((low - true).norm() / true.norm()) * 2**8
         name="group-norm-weight-gradient",
         op="aten::native_group_norm_backward",
         device="cpu",
-        dtypes=_HALF,
+        dtypes=HALF,
         torch_versions="2.13",
         summary="where GroupNorm's weight is half, the mean that forward saves for backward on the CPU is rounded to "
         "half; the weight's gradient sums that error up (error over u: 9 where the mean is 17 times the standard "
@@ -161,7 +162,7 @@ excess = float((low - true).norm() / true.norm()) * 2**8
         name="batch-norm-weight-gradient",
         op="aten::native_batch_norm_backward",
         device="cpu",
-        dtypes=_HALF,
+        dtypes=HALF,
         torch_versions="2.13",
         summary="where BatchNorm's weight is half, the mean that forward saves for backward on the CPU is rounded to "
         "half; the weight's gradient sums that error up (error over u: 9 where the mean is 17 times the standard "
@@ -200,7 +201,7 @@ excess = float((low - true).norm() / true.norm()) * 2**8
         name="convolution-input-gradient",
         op="aten::convolution_backward",
         device="cpu",
-        dtypes=_HALF,
+        dtypes=HALF,
         torch_versions="2.13",
         summary="the gradient of a convolution's input is summed over overlapping windows in the low dtype on the CPU "
         "(float16; bfloat16 without oneDNN): with a kernel of 512 and a stride of 4 it is off by 6 times one rounding",
@@ -220,7 +221,7 @@ _BY_OP = {defect.op: defect for defect in KNOWN_DEFECTS}
 
 
 def _single(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.dtype in _HALF:
+    if isinstance(value, torch.Tensor) and value.dtype in HALF:
         return value.to(torch.float32, memory_format=torch.contiguous_format)
     return value
 

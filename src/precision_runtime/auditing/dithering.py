@@ -15,9 +15,8 @@ import torch
 from precision_runtime.auditing.observer import Observer, Plan, Step
 from precision_runtime.auditing.places import tensors_of
 from precision_runtime.auditing.shadow import map_operands, own, written
+from precision_runtime.casting import HALF
 from precision_runtime.rounding import mixed, round_stochastically, words_like
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class Dithering(Observer):
@@ -40,7 +39,7 @@ class Dithering(Observer):
     def _made(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
         made = tensors_of(result)
-        if not any(t.dtype in _HALF for t in made):
+        if not any(t.dtype in HALF for t in made):
             return result
         with torch._C._DisableTorchDispatch():
             given = {id(t) for t in tensors_of((args, kwargs))}
@@ -51,7 +50,7 @@ class Dithering(Observer):
         return result
 
     def _written(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        targets = [t for t in written(func, args, kwargs) if t.dtype in _HALF]
+        targets = [t for t in written(func, args, kwargs) if t.dtype in HALF]
         if not targets:
             return func(*args, **kwargs)
         with torch._C._DisableTorchDispatch():
@@ -65,7 +64,7 @@ class Dithering(Observer):
         return result
 
     def _draw(self, low: torch.Tensor, exact: torch.Tensor) -> None:
-        if low.dtype not in _HALF or low.shape != exact.shape or not exact.is_floating_point():
+        if low.dtype not in HALF or low.shape != exact.shape or not exact.is_floating_point():
             return
         single = exact.to(torch.float32)
         drawn = round_stochastically(single, low.dtype, words_like(single.cpu(), self._generator).to(single.device))

@@ -109,10 +109,11 @@ class Runs:
         with worlds.low(), plain, watching(self.mode) as self._shares, self._watch:
             reseed(self.seed)
             args, kwargs = cast_tree(clone((self.args, self.kwargs)), TO[getattr(torch, self.mode.params)])
-            provenance = self._watch.provenance = worlds.provenance()
+            # In a full mode a table in the mode's own dtype is an operand, and every parameter is rounded to it.
+            provenance = self._watch.provenance = worlds.provenance() if self.mode.low else None
             recorder = Recorder(
                 worlds.names, worlds, inputs=True, gradients=self.gradients, frames=self._watch.frames,
-                snapshots=self._watch.snapshots, provenance=provenance if self.mode.low else None,
+                snapshots=self._watch.snapshots, provenance=provenance,
             )  # fmt: skip
             run = execute(
                 self.function, args, kwargs, recorder,
@@ -121,7 +122,7 @@ class Runs:
                 scales=SCALES if self.mode.scaled else SUM_SCALES if self.mode.low else (1.0,),
                 forward_context=self._lane, backward_context=self.strategy.backward,
             )  # fmt: skip
-            worlds.unrounded = provenance.unrounded if self.mode.autocast else frozenset()
+            worlds.unrounded = provenance.unrounded if provenance is not None and self.mode.autocast else frozenset()
             return run
 
     def _lane(self) -> AbstractContextManager[None]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from precision_runtime.casting import HALF
 from precision_runtime.record import Finding, Kind, Where, Worst, lost_bits
 from precision_runtime.training.course import Course
-from precision_runtime.training.sheet import HALF, MOST, Entry, rms
+from precision_runtime.training.sheet import MOST, Entry, rms
 from precision_runtime.training.watching import Stored
 
 _LOSSES = "FP64 computes other losses from the very same weights: they are summed or computed in too few digits"
@@ -135,7 +136,7 @@ def _changed(entry: Entry, evidence: Evidence) -> Cause | None:
     """A gradient that the backward pass left right, but for a loss scale, and that the step was not taken with."""
     name = entry.name
     low, true = evidence.low.first.get(name), evidence.true.first.get(name)
-    if low is None or true is None or low.shape != true.shape or not left_right(name, evidence):
+    if low is None or true is None or low.shape != true.shape or not _left_right(name, evidence):
         return None
     low, true = low.to(torch.float64).reshape(-1), true.to(torch.float64).reshape(-1)
     sizes = float(torch.linalg.vector_norm(low)), float(torch.linalg.vector_norm(true))
@@ -155,7 +156,7 @@ def _changed(entry: Entry, evidence: Evidence) -> Cause | None:
     )  # fmt: skip
 
 
-def left_right(name: str, evidence: Evidence) -> bool:
+def _left_right(name: str, evidence: Evidence) -> bool:
     """Whether the backward pass left this gradient right, whatever factor all of it has."""
     low, true = evidence.low.left.get(name), evidence.true.left.get(name)
     if low is None or true is None or low.shape != true.shape or not bool(true.any()):
@@ -164,9 +165,7 @@ def left_right(name: str, evidence: Evidence) -> bool:
     factor = float(low @ true) / float(true @ true)
     if not math.isfinite(factor) or factor <= 0.0:
         return False
-    twins = [s.left[name].to(torch.float64).reshape(-1) for s in evidence.samples if name in s.left]
-    squares = [rms(t - true) ** 2 for t in twins if t.shape == true.shape]
-    spread = math.sqrt(sum(squares) / len(squares)) if squares else 0.0
+    spread = _distance(evidence.true.left[name], [s.left[name] for s in evidence.samples if name in s.left])
     common = math.hypot(evidence.u * rms(true) / math.sqrt(3.0), spread)
     return rms(low / factor - true) <= evidence.limit * common
 
@@ -305,9 +304,13 @@ def _worst(entry: Entry, limit: float) -> Worst:
 
 
 def _spread(name: str, evidence: Evidence) -> float:
-    true = evidence.true.first[name].to(torch.float64)
-    found = [s.first[name].to(torch.float64) for s in evidence.samples if name in s.first]
-    squares = [rms(f - true) ** 2 for f in found if f.shape == true.shape]
+    return _distance(evidence.true.first[name], [s.first[name] for s in evidence.samples if name in s.first])
+
+
+def _distance(true: torch.Tensor, found: Sequence[torch.Tensor]) -> float:
+    """The rms distance of disturbed trainings' gradients; 0 of none."""
+    wide = true.to(torch.float64)
+    squares = [rms(f.to(torch.float64) - wide) ** 2 for f in found if f.shape == true.shape]
     return math.sqrt(sum(squares) / len(squares)) if squares else 0.0
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from precision_runtime.auditing.dispatch import LowWatch
 from precision_runtime.auditing.noise import Noise
+from precision_runtime.casting import HALF
 from precision_runtime.formats import FORMATS
 from precision_runtime.modes import Mode
 from precision_runtime.record import Finding, Remark
@@ -20,7 +21,7 @@ from precision_runtime.training.hazards import hazards_of
 from precision_runtime.training.lesson import Lesson
 from precision_runtime.training.notes import Notes
 from precision_runtime.training.remedies import Remedies
-from precision_runtime.training.sheet import HALF, MOST, WALKS, Entry, entries_of, rms, screen, settle, spread_of
+from precision_runtime.training.sheet import MOST, WALKS, Entry, entries_of, rms, screen, settle, spread_of
 from precision_runtime.training.trainings import LowRun, Trainings
 from precision_runtime.training.watching import Stored, Watch
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
+from precision_runtime.casting import HALF
 from precision_runtime.formats import FORMATS
 from precision_runtime.training.course import Course
 
@@ -38,8 +39,8 @@ CERTAIN = 16.0  # a score so many times the limit after those is a failure: no f
 # over WIDTH is granted where it is larger.
 WIDTH = 4.0
 WIDE_SAMPLES = 4
-# Few numbers have heavy tails: a ReLU that stands on its kink in one of ten trainings moves one bias, but far. So
-# tensors of fewer than FEW fail only beside so many disturbed trainings.
+# Few numbers have heavy tails: a ReLU that stands on its kink in one of eight trainings (measured) moves one bias, but
+# far. So tensors of fewer than FEW fail only beside so many disturbed trainings: (7/8)^24 = 4 % have not seen it then.
 MANY = 24
 WALKS = 4  # trainings that are disturbed by what was stored, too
 # So many elements of a tensor of FEW and more may go elsewhere by chance before it means anything: the sign of a
@@ -49,7 +50,6 @@ FREE, FEW = 3, 64
 CHAOTIC = 0.5
 # More than half of a norm, of the steps, of a movement.
 MOST = 0.5
-HALF = (torch.float16, torch.bfloat16)
 # Weights in float32 are all that a mixed or a full mode can have, so what they round away in each step is its price.
 # Steps that are alike, as Adam's, are rounded the same way each time: N steps of lr 1e-6 lose N times as much as one.
 # This share of the way is granted at most, which at a limit of 4 leaves MOST: who has lost more has lost the update.
