@@ -10,12 +10,12 @@ import pytest
 
 from pytest_precision import FIXTURE
 from pytest_precision.lanes import Lane, parse_selection
-from pytest_precision.marker import parse_mark
-from pytest_precision.matrix import matrix_of
+from pytest_precision.matrix import matrix_of, wrong
 from pytest_precision.outcome import Outcome, outcome_of, start
 from pytest_precision.problems import Problems
 from pytest_precision.references import references_of
 from pytest_precision.settings import settings_of
+from pytest_precision.wishes import wishes_of
 
 if TYPE_CHECKING:
     from pytest_precision.context import PrecisionContext
@@ -42,11 +42,11 @@ def lend(request: pytest.FixtureRequest) -> Iterator[PrecisionContext]:
     from pytest_precision.pasting import Origin
 
     problems = Problems()
-    marked = parse_mark(item.get_closest_marker("precision"), problems)
+    wishes = wishes_of(item, lane, problems)
     if problems:  # only where a user's own parametrisation kept the marker from being read at collection
-        pytest.fail(problems.text(), pytrace=False)
+        pytest.fail(wrong(item, problems), pytrace=False)
     settings, references, case = settings_of(item.config), references_of(item.config), outcome.case
-    chosen = marked.runtime.of(lane.mode)
+    chosen = dict(wishes.runtime)
     with ExitStack() as stack:
         stack.callback(_note, item, outcome)
         stack.enter_context(isolated())
@@ -54,8 +54,8 @@ def lend(request: pytest.FixtureRequest) -> Iterator[PrecisionContext]:
             context = PrecisionContext(
                 lane.mode,
                 answer.accelerator,
-                budget=settings.budget if marked.budget is None else float(marked.budget),
-                gradients=marked.gradients is not False,
+                budget=settings.budget if wishes.budget is None else float(wishes.budget),
+                gradients=wishes.gradients is not False,
                 asked=lane.asked,
                 references=lambda number: references.at(case, number),
                 record=lambda report: outcome.checks.append(report.to_dict()),

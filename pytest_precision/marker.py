@@ -20,7 +20,7 @@ WHERE = "the marker precision"
 
 @dataclass(frozen=True)
 class Marked:
-    """What a test's closest marker says; an unmarked test has the defaults. Empty modes: none are named."""
+    """What a marker says; an unmarked test has the defaults. Empty modes: none are named."""
 
     modes: tuple[str, ...] = ()
     accelerators: tuple[str, ...] = ()
@@ -30,16 +30,14 @@ class Marked:
     runtime: Choices = field(default_factory=Choices)
 
 
-def parse_mark(mark: pytest.Mark | None, problems: Problems) -> Marked:
+def parse_mark(mark: pytest.Mark, problems: Problems) -> Marked:
     """Parse a marker; what is wrong with it goes to ``problems``."""
-    if mark is None:
-        return Marked()
     given: dict[str, Any] = dict(mark.kwargs)
     for key in given:
         if key not in KEYWORDS:
             near = did_you_mean(key, KEYWORDS)
             problems.add(f"{WHERE} takes no argument {key!r}.{near} It takes modes and {', '.join(KEYWORDS)}")
-    modes = mode_names(mark.args, WHERE, problems)
+    modes = mode_names(_singly(mark.args, problems), WHERE, problems)
     accelerators = given.get("accelerators")
     budget, gradients = given.get("budget"), given.get("gradients")
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget >= 0):
@@ -63,6 +61,14 @@ def parse_mark(mark: pytest.Mark | None, problems: Problems) -> Marked:
         xfail=_xfail(given.get("xfail"), modes, problems),
         runtime=parse_choices(given.get("runtime"), modes, f"{WHERE}, runtime", problems),
     )
+
+
+def _singly(args: tuple[object, ...], problems: Problems) -> list[object]:
+    """The modes; lists of them are a mistake, and are told how to be written."""
+    for given in args:
+        if isinstance(given, (list, tuple, set, frozenset)):
+            problems.add(f"{WHERE} takes modes one by one: precision({', '.join(map(repr, given))}), not {given!r}")
+    return [given for given in args if not isinstance(given, (list, tuple, set, frozenset))]
 
 
 def _xfail(given: object, modes: tuple[str, ...], problems: Problems) -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -12,8 +14,18 @@ from pytest_precision import FIXTURE
 from pytest_precision.lanes import AUTO, NO_LANE, Lane
 from pytest_precision.machine import Machine
 from pytest_precision.marker import Marked, parse_mark
+from pytest_precision.marks import Marks, levels_of, precise
 from pytest_precision.problems import Problems
 from pytest_precision.settings import Settings, settings_of
+
+
+@dataclass(frozen=True)
+class Named:
+    """What markers of one level say, the lanes that they name, each with what its marker says, and lanes as params."""
+
+    said: Sequence[Marked]
+    lanes: Mapping[Lane, Marked]
+    params: list[Any]
 
 
 class Matrix:
@@ -22,7 +34,7 @@ class Matrix:
     def __init__(self, settings: Settings, machine: Machine) -> None:
         self.settings = settings
         self.machine = machine
-        self._params: dict[object, list[Any]] = {}
+        self._named: dict[object, Named] = {}
 
     def lanes(self, marked: Marked, ambient: bool = False) -> list[Lane]:
         """The lanes of a test with this marker; empty where the options leave none.
@@ -40,19 +52,28 @@ class Matrix:
                     lanes[Lane(mode, accelerator, accelerator == default, ambient, bool(marked.modes))] = None
         return list(lanes)
 
-    def params(self, mark: pytest.Mark | None, ambient: bool) -> list[Any]:
-        """``pytest.param`` for each lane, with its id and marks; raises ``pytest.fail`` for a bad marker.
+    def named(self, marks: Marks, ambient: bool, problems: Problems) -> Named:
+        """The lanes that markers of one level name; what is wrong with the markers goes to ``problems``.
 
         Kept for markers that are written alike, because suites mark thousands of tests in the same words.
         """
-        key = (mark and mark.args, repr(mark.kwargs) if mark else "", ambient)
-        if key not in self._params:
-            problems = Problems()
-            marked = parse_mark(mark, problems)
-            if problems:
-                pytest.fail(problems.text(), pytrace=False)
-            self._params[key] = [_param(lane, marked) for lane in self.lanes(marked, ambient) or [NO_LANE]]
-        return self._params[key]
+        words = {(repr(mark.args), repr(mark.kwargs)): mark for mark in marks}
+        key = (*words, ambient)
+        if key not in self._named:
+            told, lanes, ids = Problems(), dict[Lane, Marked](), set[str]()
+            said = [parse_mark(mark, told) for mark in words.values()] or [Marked()]
+            for marked in said:
+                mine = self.lanes(marked, ambient)
+                if twice := [lane.id for lane in mine if lane.id in ids]:
+                    told.add(f"two markers precision name {', '.join(twice)}: a lane goes by one; make them one marker")
+                ids |= {lane.id for lane in mine}
+                lanes |= dict.fromkeys(mine, marked)
+            if told:
+                problems.take(told)
+                return Named(said, lanes, [])
+            params = [_param(lane, marked) for lane, marked in lanes.items()]
+            self._named[key] = Named(said, lanes, params or [_param(NO_LANE, Marked())])
+        return self._named[key]
 
     def _modes(self) -> Sequence[str]:
         if self.settings.lanes is not None:
@@ -79,16 +100,41 @@ def matrix_of(config: pytest.Config) -> Matrix:
 
 def spread(metafunc: pytest.Metafunc) -> None:
     """Give a test its lanes, unless the user has parametrised the fixture in their own way."""
-    definition = metafunc.definition
+    definition, calls = metafunc.definition, getattr(metafunc, "_calls", ())
+    levels = levels_of(definition)
     if any(FIXTURE in _names(mark) for mark in definition.iter_markers("parametrize")):
         return
-    if any(FIXTURE in call.params for call in getattr(metafunc, "_calls", ())):  # by a pytest_generate_tests
+    if any(FIXTURE in call.params for call in calls):  # by a pytest_generate_tests
         return
     ambient = FIXTURE not in metafunc.fixturenames
-    params = matrix_of(metafunc.config).params(definition.get_closest_marker("precision"), ambient)
     if ambient:
         metafunc.fixturenames.append(FIXTURE)
-    metafunc.parametrize(FIXTURE, params, indirect=True)
+    written = next(iter(levels), ())
+    if not any(precise(call.marks) for call in calls):
+        metafunc.parametrize(FIXTURE, _params(definition, written, ambient), indirect=True)
+        return
+    made: list[Any] = []
+    for marks, same in groupby(calls, key=lambda call: precise(call.marks) or written):
+        metafunc._calls = list(same)
+        if marks or not ambient:  # else another parameter set of the test asks for lanes, and this one does not
+            metafunc.parametrize(FIXTURE, _params(definition, marks, ambient), indirect=True)
+        made += metafunc._calls
+    metafunc._calls = made
+
+
+def _params(definition: pytest.Item, marks: Marks, ambient: bool) -> list[Any]:
+    problems = Problems()
+    params = matrix_of(definition.config).named(marks, ambient, problems).params
+    if problems:
+        pytest.fail(wrong(definition, problems), pytrace=False)
+    return params
+
+
+def wrong(item: pytest.Item, problems: Problems) -> str:
+    """What is wrong with the markers of a test, and where that test is."""
+    file, line, _ = item.location
+    place = file if line is None else f"{file}:{line + 1}"
+    return f"{place}, {item.nodeid.partition('::')[2]}:\n{problems.text()}"
 
 
 def _param(lane: Lane, marked: Marked) -> Any:

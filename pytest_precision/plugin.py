@@ -34,19 +34,33 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(trylast=True)  # last: ids end in the lane, and the lanes of one case are neighbours
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Spread precision-aware tests over their lanes."""
-    if FIXTURE in metafunc.fixturenames or metafunc.definition.get_closest_marker("precision") is not None:
+    parameters = (mark.name for call in getattr(metafunc, "_calls", ()) for mark in call.marks)
+    if (
+        FIXTURE in metafunc.fixturenames
+        or metafunc.definition.get_closest_marker("precision") is not None
+        or "precision" in parameters
+    ):
         from pytest_precision.matrix import spread
 
         spread(metafunc)
 
 
-@pytest.hookimpl(tryfirst=True)  # first: a test without lanes is gone before others count, shuffle or split
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put fixtures in order, and say which tests could not be spread."""
-    if any("precision" in item.keywords or "precision_case" in item.keywords for item in items):
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # first: a test without lanes is gone before others count or split
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
+    """Put fixtures in order; then heed what other hooks have marked, and say which tests could not be spread."""
+    if _precise(items):
         from pytest_precision.arrange import arrange
 
         arrange(config, items)
+    yield
+    if _precise(items):
+        from pytest_precision.settle import settle
+
+        settle(config, items)
+
+
+def _precise(items: list[pytest.Item]) -> bool:
+    return any("precision" in item.keywords or "precision_case" in item.keywords for item in items)
 
 
 @pytest.hookimpl(wrapper=True)

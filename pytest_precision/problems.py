@@ -31,6 +31,14 @@ class Problems:
         """Note anything else."""
         self._others.append(text)
 
+    def take(self, other: Problems) -> None:
+        """Take over another's."""
+        for where, names in other._modes.items():
+            self._modes.setdefault(where, []).extend(names)
+        for where, (names, known) in other._accelerators.items():
+            self._accelerators.setdefault(where, ([], known))[0].extend(names)
+        self._others += other._others
+
     def text(self) -> str:
         """Every problem, one a line, and each list of known names once."""
         lines: list[str] = []
