@@ -31,6 +31,44 @@ def wide(t: torch.Tensor) -> torch.Tensor:
     return t.detach().to(torch.promote_types(t.dtype, torch.float32), copy=True)
 
 
+# -- steps that are skipped, gradients that are kept ------------------------------------------------------------------
+
+
+def steep(model: nn.Module, batch: Any) -> torch.Tensor:
+    return mse(model, batch) * 10
+
+
+def test_a_first_step_that_overflows_is_skipped_with_master_weights_as_without() -> None:
+    """65536 times this loss is more than float16 holds; masters let go of a skipped step's gradients."""
+    assert float(torch.tensor(65536.0).half()) == float("inf")
+    report = audit_training(line, lambda m: torch.optim.SGD(m.parameters(), lr=0.01), steep, BATCH, "apex-O2", steps=8)
+    assert report.ok, str(report)
+    assert report.figures["skipped_steps"] >= 1
+    assert report.figures["loss_scale"] < 65536.0
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_sparse_gradients_are_judged_and_may_accumulate(every: int) -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Embedding(20, 8, sparse=True), nn.Linear(8, 1))
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return (model(batch) - 1).square().mean()
+
+    def step(model: nn.Module, optimizer: Any, loss: torch.Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+        model.seen = getattr(model, "seen", 0) + 1  # type: ignore[assignment]
+        if model.seen % every == 0:
+            optimizer.step()
+
+    rows = [torch.randint(0, 20, (8,), generator=_G) for _ in range(2)]
+    report = audit_training(
+        net, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), loss, rows, "16-mixed", steps=4,
+        step_fn=None if every == 1 else step,
+    )  # fmt: skip
+    assert report.ok, str(report)
+
+
 # -- averages of weights -----------------------------------------------------------------------------------------------
 
 

@@ -204,9 +204,10 @@ class Runner:
         return loss
 
     def _to_clear(self) -> bool:
-        """Gradients go after a step; those of a step not taken are kept, to accumulate, unless they are spoilt."""
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return self._stale or not finite(grads)
+        """Gradients go after a step. Those of one that ``step_fn`` has not taken are kept, to accumulate, unless they
+        are spoilt; without it, a step not taken is a skipped one: masters have let go of its gradients already.
+        """
+        return self._stale or self.lesson.step_fn is None or not finite(list(gradients(self.model).values()))
 
     def _before(self) -> None:
         course = self.course
