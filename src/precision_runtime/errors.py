@@ -50,11 +50,13 @@ def unknown_names(
     known: Sequence[str],
     where: str = "",
     elsewhere: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    plural: str = "",
 ) -> UnknownNameError:
     """Build the error for every unknown name at once.
 
     ``what`` is the noun ("precision mode"), ``where`` the place that they were given in (an option, an argument).
-    ``elsewhere`` maps what others call such a thing to the names that may be meant.
+    ``elsewhere`` maps what others call such a thing to the names that may be meant. ``plural`` is the noun's, where an
+    "s" does not make it.
     """
     place = f" in {where}" if where else ""
 
@@ -62,4 +64,4 @@ def unknown_names(
         f"{what} {name!r}{place} is unknown." + (did_you_mean(name, known, elsewhere) if isinstance(name, str) else "")
         for name in bad
     ]
-    return UnknownNameError("\n".join([*lines, f"Known {what}s: {', '.join(known)}"]))
+    return UnknownNameError("\n".join([*lines, f"Known {plural or what + 's'}: {', '.join(known)}"]))

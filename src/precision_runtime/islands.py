@@ -136,7 +136,8 @@ def _matched(root: nn.Module, pairs: Pairs) -> Pairs:
 
 
 def _unmatched(patterns: list[str], names: list[str]) -> UnknownNameError:
-    return unknown_names("module, parameter or buffer", patterns, names, "islands")
+    plural = "modules, parameters and buffers"
+    return unknown_names("module, parameter or buffer", patterns, names, "islands", plural=plural)
 
 
 def _kinds(root: nn.Module) -> dict[str, Kind]:

@@ -130,7 +130,7 @@ def _named(mode: object, amp_backend: object, amp_level: object) -> Mode | None:
     level = "O2" if amp_level is None else str(amp_level).strip()  # the old Trainer's default
     if level not in _LEVELS:
         hint = " (the prefix is the letter O, not the digit zero)" if level.startswith("0") else ""
-        raise unknown_names("amp_level" + hint, [level], list(_LEVELS))
+        raise unknown_names("amp_level" + hint, [level], list(_LEVELS), plural="amp_levels")
     found = MODES[f"apex-{level}"]
     # With apex, precision=16 was what switched it on.
     if mode is not None and parse_mode(mode).name not in (found.name, "16-mixed"):

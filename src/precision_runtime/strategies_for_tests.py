@@ -71,8 +71,8 @@ def tensors(
     names and ranges that do not exist.
     """
     st = strategies()
-    chosen = _names("kind of values", kinds, KINDS)
-    laid = _names("layout", layouts, LAYOUTS)
+    chosen = _names("kind of values", "kinds of values", kinds, KINDS)
+    laid = _names("layout", "layouts", layouts, LAYOUTS)
     if form not in FORMATS:
         raise unknown_names("format", [form], list(FORMATS), "tensors(form=...)")
     if not dtype.is_floating_point:
@@ -259,9 +259,11 @@ def _exponents(low: float, high: float, form: Format) -> tuple[int, int]:
     return min(near, far), far
 
 
-def _names(what: str, given: Iterable[str] | None, known: Sequence[str] | MappingProxyType[str, Any]) -> list[str]:
+def _names(
+    what: str, plural: str, given: Iterable[str] | None, known: Sequence[str] | MappingProxyType[str, Any]
+) -> list[str]:
     chosen = list(known if given is None else [given] if isinstance(given, str) else given)
     unknown = [name for name in chosen if name not in known]
     if unknown or not chosen:
-        raise unknown_names(what, unknown or ["(none)"], list(known), "tensors(...)")
+        raise unknown_names(what, unknown or ["(none)"], list(known), "tensors(...)", plural=plural)
     return chosen

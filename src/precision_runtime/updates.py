@@ -241,7 +241,7 @@ def updates_from(given: object, mode: Mode) -> Updates:
         return Nearest()
     if isinstance(given, str):
         if given not in KINDS:
-            raise unknown_names("way of updates", [given], list(KINDS), "updates")
+            raise unknown_names("way of updates", [given], list(KINDS), "updates", plural="ways of updates")
         given = KINDS[given]()
     if not isinstance(given, Updates):
         raise ConfigurationError(f"updates={given!r}: give one of {', '.join(map(repr, KINDS))}, or Stochastic(seed)")

@@ -43,7 +43,7 @@ def sensitivity(
     chosen = tuple(families)
     unknown = [f for f in chosen if f not in _FAMILIES]
     if unknown:
-        raise unknown_names("family", unknown, _FAMILIES, "sensitivity(families=...)")
+        raise unknown_names("family", unknown, _FAMILIES, "sensitivity(families=...)", plural="families")
     originals, references = originals or Originals(), References(1)
 
     def forecast(grid: Format, family: str) -> Forecast:

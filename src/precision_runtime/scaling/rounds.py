@@ -47,7 +47,7 @@ class RoundScaler(Scaler):
         process_group: Any = None,
     ) -> None:
         if on_stall not in _ON_STALL:
-            raise unknown_names("on_stall", [on_stall], list(_ON_STALL))
+            raise unknown_names("on_stall", [on_stall], list(_ON_STALL), plural="values of on_stall")
         self.patience = int(patience)
         self.on_stall = on_stall
         self.process_group = process_group
