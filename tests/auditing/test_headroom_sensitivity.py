@@ -130,6 +130,18 @@ def test_precision_is_told_from_range() -> None:
     assert audit(function, x, mode="32-true", gradients=False, budget=8.0).ok
 
 
+def test_what_the_format_with_less_precision_can_do_needs_no_precision() -> None:
+    """bfloat16 holds by its own roundings; float16 with its range, judged by finer ones, is just beyond the budget."""
+
+    def variance(x: torch.Tensor) -> torch.Tensor:
+        return (x.square().mean(-1) - x.mean(-1).square()) * 1e6
+
+    x = 3 + torch.randn(16, 64, generator=torch.Generator().manual_seed(3))
+    found = sensitivity(variance, x, families=["true"], gradients=False, budget=3.6)
+    assert [row.ok for row in found.rows] == [False, True, False, False, False]
+    assert found.advice == "true: it needs range, not precision: use bf16-true"
+
+
 def test_healthy_code_needs_nothing_and_costs_no_hybrids() -> None:
     function, x = CASES["mlp"]()
     found = sensitivity(function, x, gradients=False)
@@ -174,6 +186,8 @@ def test_the_result_is_plain_data_and_comes_back() -> None:
         ((True, False, True, False, True), "precision"),
         ((False, False, False, False, True), "precision"),
         ((False, True, True, True, True), "range or precision"),
+        ((False, True, False, False, False), "range"),
+        ((False, True, False, False, True), "range or precision"),
         ((False, False, False, False, False), "range and precision"),
     ],
 )

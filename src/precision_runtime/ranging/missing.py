@@ -73,13 +73,13 @@ def sensitivity(
 
 
 def _need(float16: bool, bfloat16: bool, wide: bool = True, coarse: bool = True, fine: bool = True) -> Need:
-    """``wide``: float16 with range, ``coarse``: bfloat16 without it, ``fine``: float16 with precision."""
-    if float16 and bfloat16:
-        return "nothing"
+    """``wide``: float16 with range, ``coarse``: bfloat16 without it, ``fine``: float16 with precision.
+
+    Each format is judged by its own roundings, so bfloat16 may hold where float16 with range does not. It has range and
+    the least precision of all: where it holds and float16 does not, range is what was missing.
+    """
     if float16:  # bfloat16 has range enough
-        return "precision"
-    if wide and fine:
-        return "range or precision"
-    if wide:
-        return "range"
+        return "nothing" if bfloat16 else "precision"
+    if wide or bfloat16:
+        return "range or precision" if fine else "range"
     return "precision" if fine else "range and precision"
