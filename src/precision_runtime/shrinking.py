@@ -6,10 +6,12 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 import torch
 
+from precision_runtime.asked import budget_of, check_subject, seed_of, whole
 from precision_runtime.auditing import Originals, audit
 from precision_runtime.errors import AuditError, ConfigurationError
 from precision_runtime.modes import parse_mode
@@ -78,9 +80,19 @@ def shrink(
     arguments, and the errors, are ``audit``'s; raises ``ConfigurationError`` where nothing fails, and ``AuditError``
     where the same inputs fail otherwise when they are audited again.
     """
+    check_subject(function, "shrink")
+    if not isinstance(args, (tuple, list)):
+        raise ConfigurationError(
+            f"shrink() got {type(args).__name__} as args; pass the inputs as a tuple, as in "
+            "shrink(function, (x,), None, mode)"
+        )
+    if not isinstance(kwargs, (Mapping, NoneType)):
+        raise ConfigurationError(
+            f"shrink() got {type(kwargs).__name__} as kwargs; pass a dict of inputs by name, or None"
+        )
+    budget, seed = budget_of(budget), seed_of(seed)
+    audits = whole("audits", audits, 1, allowed="shrink() needs one audit at least")
     parsed = parse_mode(mode, "shrink(mode=...)")
-    if audits < 1:
-        raise ConfigurationError(f"audits={audits!r} is not allowed: shrink() needs one audit at least")
     options = options or Options()
     asked: dict[str, Any] = {"accelerator": accelerator, "gradients": gradients, "budget": budget, "options": options}
     more: dict[str, Any] = {**asked, "originals": originals or Originals()}

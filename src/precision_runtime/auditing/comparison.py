@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from precision_runtime.asked import budget_of
 from precision_runtime.auditing.excess import pair
 from precision_runtime.errors import ConfigurationError
 from precision_runtime.modes import parse_mode
@@ -19,6 +20,7 @@ def compare(
     Only one rounding of each result is granted, for nothing is known of the computation: use ``audit`` where the code
     itself can be run. Raises ``ConfigurationError`` where structures or shapes differ.
     """
+    budget = budget_of(budget)
     parsed = parse_mode(mode, "compare(mode=...)")
     ours, theirs = list(leaves(actual)), list(leaves(reference))
     if [p for p, _ in ours] != [p for p, _ in theirs]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from precision_runtime.accelerators import resolve
+from precision_runtime.asked import budget_of, check_subject, seed_of
 from precision_runtime.auditing.discover import find_modules, name_of
 from precision_runtime.auditing.originals import Originals
 from precision_runtime.auditing.randomness import seeded
@@ -54,13 +55,8 @@ def audit(
     Raises ``UnsupportedError`` where this machine cannot run the mode, ``AuditError`` where the code runs in float32
     but has no FP64 reference, and whatever the code itself raises when it does not even run in float32.
     """
-    if not callable(function):
-        raise ConfigurationError(
-            f"audit() got {type(function).__name__} as the function to judge; pass a module or a callable, and its "
-            "inputs after it"
-        )
-    if not budget >= 0:
-        raise ConfigurationError(f"budget={budget!r} is not allowed: the bits that may be lost are a number from 0 up")
+    check_subject(function, "audit")
+    budget, seed = budget_of(budget), seed_of(seed)
     parsed = parse_mode(mode, "audit(mode=...)")
     options = options or Options()
     lane = support(parsed, accelerator, options.recipe)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from precision_runtime.asked import budget_of, check_subject, seed_of
 from precision_runtime.auditing import Originals, References
 from precision_runtime.auditing.discover import name_of
 from precision_runtime.errors import unknown_names
@@ -40,6 +41,8 @@ def sensitivity(
     ``families``: "true" (every op in the format) and "mixed" (where torch's autocast for CPUs chooses it). The other
     arguments, and the errors, are ``audit``'s.
     """
+    check_subject(function, "sensitivity")
+    budget, seed = budget_of(budget), seed_of(seed)
     chosen = tuple(families)
     unknown = [f for f in chosen if f not in _FAMILIES]
     if unknown:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from precision_runtime.accelerators import resolve
+from precision_runtime.asked import budget_of, seed_of
 from precision_runtime.auditing.discover import name_of
 from precision_runtime.auditing.originals import Originals
 from precision_runtime.auditing.randomness import seeded
@@ -36,6 +37,7 @@ def verdict(
     options: Options | None = None,
 ) -> Report:
     """What ``audit`` would find, with its arguments and errors. Kinds are those that the judge alone can tell."""
+    budget, seed = budget_of(budget), seed_of(seed)
     parsed = parse_mode(mode)
     options = options or Options()
     lane = support(parsed, accelerator, options.recipe)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from precision_runtime.asked import budget_of, check_subject, seed_of, whole
 from precision_runtime.auditing import Originals, References
 from precision_runtime.auditing.discover import find_modules, name_of
 from precision_runtime.auditing.references import Reference
-from precision_runtime.errors import ConfigurationError, unknown_names
+from precision_runtime.errors import unknown_names
 from precision_runtime.formats import FORMATS, Format
 from precision_runtime.modes import parse_mode
 from precision_runtime.options import Options, names_of
@@ -29,6 +30,7 @@ Failures = Mapping[Key, tuple[str, str]]  # what fails: module type and kind
 
 # What the edge of the range, or of stability, looks like in a report. Findings of other kinds do not go by scale.
 _KINDS = frozenset(("range", "underflow", "instability", "amplification", "kernel"))
+TRIED = 16
 MOST = 64  # float32 inputs have some 2^±126
 
 
@@ -41,7 +43,7 @@ def headroom(
     gradients: bool = True,
     budget: float = 2.0,
     seed: int = 0,
-    limit: int = 16,
+    limit: int = TRIED,
     activations: str | Iterable[str] = (),
     originals: Originals | None = None,
     name: str | None = None,
@@ -64,8 +66,9 @@ def headroom(
     narrow band between two that hold may be missed. ``mode``, ``budget``, ``seed`` and the rest are ``audit``'s, and
     so are the errors; ``ConfigurationError`` for a limit out of 1 … 64.
     """
-    if not 1 <= limit <= MOST or int(limit) != limit:
-        raise ConfigurationError(f"limit={limit!r} is not allowed: headroom() tries 1 to {MOST} powers of two each way")
+    check_subject(function, "headroom")
+    budget, seed = budget_of(budget), seed_of(seed)
+    limit = whole("limit", limit, 1, MOST, f"headroom() tries 1 to {MOST} powers of two each way")
     kwargs = dict(kwargs or {})
     parsed = parse_mode(mode, "headroom(mode=...)")
     originals = originals or Originals()

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from precision_runtime.errors import ConfigurationError
 
 StepFunction = Callable[[Any, Any, Any], Any]
@@ -40,6 +42,11 @@ def lesson_of(
     seed: int,
 ) -> Lesson:  # fmt: skip
     """The lesson, with at most ``steps`` batches taken. Raises ``ConfigurationError`` for what cannot be one."""
+    if isinstance(make_model, nn.Module):  # which can be called, but makes no model
+        raise ConfigurationError(
+            f"audit_training() got a {type(make_model).__name__} as make_model; pass a function that makes it, for "
+            "every run trains its own: lambda: Net(), or lambda: copy.deepcopy(net)"
+        )
     wanted = {"make_model": make_model, "make_optimizer": make_optimizer, "loss_fn": loss_fn}
     if step_fn is not None:
         wanted["step_fn"] = step_fn

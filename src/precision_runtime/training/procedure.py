@@ -13,11 +13,12 @@ from torch import nn
 
 from precision_runtime import environment
 from precision_runtime.accelerators import resolve
+from precision_runtime.asked import budget_of, seed_of
 from precision_runtime.auditing.masking import Masking
 from precision_runtime.auditing.randomness import seeded
 from precision_runtime.automatic import placed
 from precision_runtime.capability import support
-from precision_runtime.errors import ConfigurationError, UnsupportedError
+from precision_runtime.errors import UnsupportedError
 from precision_runtime.modes import parse_mode
 from precision_runtime.optimizers import OptimizerWarning
 from precision_runtime.record import Report
@@ -60,9 +61,8 @@ def audit_training(
     Raises ``UnsupportedError`` where this machine cannot run the mode, ``ConfigurationError`` for what is no training,
     ``AuditError`` where the code runs in float32 but not in FP64, and what the code raises in float32, too.
     """
+    budget, seed = budget_of(budget), seed_of(seed)
     lesson = lesson_of(make_model, make_optimizer, loss_fn, batches, steps, step_fn, seed)
-    if not budget >= 0:
-        raise ConfigurationError(f"budget={budget!r} is not allowed: the bits that may be lost are a number from 0 up")
     parsed = parse_mode(mode, "audit_training(mode=...)")
     lane = support(parsed, accelerator)
     if not lane.ok:
