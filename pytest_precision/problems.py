@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from precision_runtime.accelerators import ELSEWHERE
 from precision_runtime.errors import UnknownNameError, unknown_names
 from precision_runtime.modes import expand_modes
 
@@ -48,7 +49,7 @@ class Problems:
             except UnknownNameError as error:
                 lines += str(error).splitlines()
         for where, (bad, known) in self._accelerators.items():
-            lines += str(unknown_names("accelerator", bad, known, where)).splitlines()
+            lines += str(unknown_names("accelerator", bad, known, where, ELSEWHERE)).splitlines()
         lines += self._others
         known_names = dict.fromkeys(line for line in lines if line.startswith("Known "))
         return "\n".join([*(line for line in lines if line not in known_names), *known_names])

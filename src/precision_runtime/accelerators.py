@@ -27,6 +27,17 @@ T = TypeVar("T")
 
 ACCELERATORS = ("cpu", "cuda", "mps", "xpu", "xla")
 
+# What others call them; likeness of letters alone would lead from gpu and tpu to xpu.
+ELSEWHERE = MappingProxyType(
+    {
+        "gpu": ("cuda", "mps"),
+        **dict.fromkeys(("nvidia", "rocm", "hip", "amd"), ("cuda",)),
+        **dict.fromkeys(("metal", "apple"), ("mps",)),
+        "intel": ("xpu",),
+        "tpu": ("xla",),
+    }
+)
+
 # What "auto" tries, best first. XLA is taken only by name: its package may be there without any accelerator behind it.
 AUTO = ("cuda", "xpu", "mps", "cpu")
 
@@ -120,7 +131,7 @@ def name_of(accelerator: object, where: str = "") -> str:
     if text == "auto":
         return machine().auto()
     if kind not in ACCELERATORS or (":" in text and not index.isdigit()):
-        raise unknown_names("accelerator", [accelerator], ["auto", *ACCELERATORS], where)
+        raise unknown_names("accelerator", [accelerator], ["auto", *ACCELERATORS], where, ELSEWHERE)
     return kind
 
 

@@ -71,7 +71,7 @@ def test_everything_that_is_wrong_is_said_at_once(run):
     result = run(
         """
 @pytest.mark.precision(
-    "16-mix", "bf17", True, accelerators=("cud", "sim:cuda"), budgt=3, budget=-1, gradients="no",
+    "16-mix", "bf17", True, accelerators=("cud", "tpu", "sim:cuda"), budgt=3, budget=-1, gradients="no",
     xfail={"half-true": "r", "16-true": ""}, reference="32-true",
 )
 def test_it(precision_ctx): pass
@@ -85,6 +85,7 @@ def test_it(precision_ctx): pass
             "*precision mode True in the marker precision is unknown.",
             "*precision mode 'half-true' in the marker precision, xfail is unknown.*",
             "*accelerator 'cud' in the marker precision, accelerators is unknown. Did you mean 'cuda'?",
+            "*accelerator 'tpu' in the marker precision, accelerators is unknown. Did you mean 'xla'?",
             "*the marker precision takes no argument 'budgt'. Did you mean 'budget'? It takes *",
             "*budget is -1; it is a number of bits, 0 or more",
             "*gradients is 'no'; it is True or False",

@@ -33,6 +33,16 @@ def test_an_unknown_name_gets_the_nearest_known_one():
     assert "Known accelerators: auto, cpu, cuda, mps, xpu, xla" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("gpu", "'cuda' or 'mps'"), ("TPU", "'xla'"), ("nvidia", "'cuda'"), ("rocm", "'cuda'"), ("metal", "'mps'"),
+     ("xpuu", "'xpu'"), ("cpuu", "'cpu'")],
+)  # fmt: skip
+def test_what_others_call_an_accelerator_leads_to_its_name(name, meant):
+    with pytest.raises(UnknownNameError, match=rf"Did you mean {meant}\?"):
+        name_of(name)
+
+
 @pytest.mark.parametrize("name", ["cuda:x", "cuda:", 3, None])
 def test_what_is_no_device_is_unknown(name):
     with pytest.raises(UnknownNameError):
