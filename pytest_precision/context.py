@@ -148,11 +148,17 @@ class PrecisionContext(Values):
         """Bits of scale that are left in this lane until something fails; see ``precision_runtime.headroom``.
 
         The number stands in the run's reports, and a baseline holds it. ``at_least``: raises ``AssertionError`` with
-        the table where there are fewer.
+        the table where there are fewer; ``ConfigurationError`` where it is more than ``limit``, which nobody can tell.
         """
         __tracebackhide__ = True
+        from precision_runtime.asked import whole
         from precision_runtime.ranging import headroom
+        from precision_runtime.ranging.sweeping import TRIED, limit_of
 
+        limit = limit_of(options.setdefault("limit", TRIED))
+        if at_least is not None:
+            allowed = f"limit={limit} powers of two are tried, so 0 to {limit} can be asked for; give a larger limit"
+            whole("at_least", at_least, 0, limit, allowed)
         asked = self._asked_of(options.pop("gradients", None), options.pop("budget", None))
         with self._applicable():
             found = headroom(f, *args, mode=self._judged, **asked, **options)

@@ -141,7 +141,7 @@ def test_headroom_can_be_asked_for(run):
     result = run(
         """
 @pytest.mark.precision("16-true")
-@pytest.mark.parametrize("bits", [1, 9])
+@pytest.mark.parametrize("bits", [1, 6])
 def test_it(precision_ctx, bits):
     found = precision_ctx.headroom(lambda x: x.square(), torch.full((4,), 16.0), at_least=bits, limit=6)
     assert found.bits == 3  # 16 doubled three times has a square of 16384, and the next is 65536
@@ -149,5 +149,5 @@ def test_it(precision_ctx, bits):
     )
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(
-        ["E  *9 bits of headroom are asked for, and there are 3:", "E  *inputs scaled, by audits*"]
+        ["E  *6 bits of headroom are asked for, and there are 3:", "E  *inputs scaled, by audits*"]
     )

@@ -151,7 +151,7 @@ def test_both_kinds_of_loss_are_told_at_once(go, pytester):
 
 
 def test_a_headroom_that_is_too_small_is_noted_and_not_taken_in(go, pytester):
-    asked = SUITE.replace("limit=6", "limit=6, at_least=9")
+    asked = SUITE.replace("limit=6", "limit=6, at_least=6")
     result = go(FIRST, "--precision-update-baseline", *FILES, source=asked)
     result.assert_outcomes(failed=2, skipped=2)
     assert stored(pytester) == {"version": 1, "lost_bits": {}}

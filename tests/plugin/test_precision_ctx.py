@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from precision_runtime.modes import MODES
 
 NETS = """
@@ -306,3 +308,24 @@ def test_a_training_refuses_what_it_would_ignore(run):
     result = run(TRAIN.format(more=', runtime={"ignore_modules": "x"}'))
     result.assert_outcomes(failed=2)
     result.stdout.fnmatch_lines(["*precision_ctx.train takes islands and scaler of the marker*, not ignore_m*"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("at_least=4, limit=3", "at_least=4 is not allowed: limit=3 powers of two are tried, so 0 to 3 can be asked *"),
+        ("at_least=17", "at_least=17 is not allowed: limit=16 powers of two are tried*"),
+        ("at_least='4'", "at_least='4' is not allowed*"),
+        ("at_least=4, limit='9'", "limit='9' is not allowed: headroom() tries 1 to 64 powers of two each way"),
+    ],
+)
+def test_more_headroom_than_is_tried_cannot_be_asked_for(run, asked, said):
+    result = run(
+        f"""
+@pytest.mark.precision("16-true")
+def test_it(precision_ctx):
+    precision_ctx.headroom(torch.sin, precision_ctx.randn(4), {asked})
+"""
+    )
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines([f"E *ConfigurationError: {said}"])

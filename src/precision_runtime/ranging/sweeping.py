@@ -68,7 +68,7 @@ def headroom(
     """
     check_subject(function, "headroom")
     budget, seed = budget_of(budget), seed_of(seed)
-    limit = whole("limit", limit, 1, MOST, f"headroom() tries 1 to {MOST} powers of two each way")
+    limit = limit_of(limit)
     kwargs = dict(kwargs or {})
     parsed = parse_mode(mode, "headroom(mode=...)")
     originals = originals or Originals()
@@ -119,6 +119,11 @@ def headroom(
         subject=name or name_of(function), mode=base.mode, accelerator=base.accelerator, status=base.status,
         limit=limit, rows=tuple(rows), notes=tuple(notes), audits=cost, figures=figures,
     )  # fmt: skip
+
+
+def limit_of(value: object) -> int:
+    """The powers of two that are tried each way; raises ``ConfigurationError`` for what is no number of them."""
+    return whole("limit", value, 1, MOST, f"headroom() tries 1 to {MOST} powers of two each way")
 
 
 class _Sweep:
