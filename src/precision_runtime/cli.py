@@ -6,6 +6,7 @@ import argparse
 import importlib
 import pkgutil
 import sys
+import traceback
 from collections.abc import Sequence
 
 from precision_runtime import commands
@@ -26,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = options.run(options)
     except PrecisionError as error:
         sys.stderr.write(f"precision-runtime {options.command}: {error}\n")
+        return WRONG
+    except Exception:  # of the user's code, as a rule; Python's own status for it, 1, would be an answer
+        traceback.print_exc()
         return WRONG
     return status
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from precision_runtime.asked import seed_of
 from precision_runtime.errors import ConfigurationError, unknown_names
 
 if TYPE_CHECKING:
@@ -82,12 +84,19 @@ def make(name: str, inputs: Sequence[str] = (), seed: int = 0) -> Made:
     """Call the factory: it returns a model, or ``(model, args)`` or ``(model, args, kwargs)``.
 
     ``inputs`` are made where it returns a model alone (see ``parse_input``), drawn after ``seed``, as the model's first
-    values are. Raises ``ConfigurationError`` for anything else, and for inputs given twice.
+    values are. Raises ``ConfigurationError`` for anything else, for a model instead of a factory, for a factory that
+    needs arguments, and for inputs given twice. What the factory itself raises comes through.
     """
     import torch
 
     factory = find_factory(name)
-    torch.manual_seed(seed)
+    if isinstance(factory, torch.nn.Module):
+        raise ConfigurationError(
+            f"{name} is a model that is made already ({_kind(factory)}); name what makes it, a function or class, so "
+            "that its first values are drawn after the seed"
+        )
+    _check_call(name, factory)
+    torch.manual_seed(seed_of(seed))
     made = _made(name, factory())
     if inputs and (made.args or made.kwargs):
         raise ConfigurationError(f"{name} makes its inputs itself; leave --input out")
@@ -102,6 +111,19 @@ def make(name: str, inputs: Sequence[str] = (), seed: int = 0) -> Made:
         else:
             args.append(tensor)
     return Made(made.function, tuple(args), kwargs)
+
+
+def _check_call(name: str, factory: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(factory)
+    except ValueError:  # of some builtins nobody knows
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise ConfigurationError(
+            f"{name} cannot be called without arguments ({error}); name a function that takes none and makes the model"
+        ) from None
 
 
 def _made(name: str, value: Any) -> Made:

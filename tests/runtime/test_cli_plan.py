@@ -26,6 +26,14 @@ def good():
 
 def number():
     return len
+
+made = nn.Linear(8, 4)
+
+def sized(size):
+    return nn.Linear(size, size)
+
+def raises():
+    return {}["gone"]
 """
 
 
@@ -93,6 +101,11 @@ def test_an_island_takes_the_loss_away():
         (["good", "--modes", "16-tru"], "Did you mean '16-true'"),
         (["number"], "is to make a torch.nn.Module"),
         (["good", "--modes", "16-true", "--island", "absent"], "absent"),
+        (["made"], "made is a model that is made already (Linear); name what makes it"),
+        (["sized"], "sized cannot be called without arguments (missing a required argument: 'size')"),
+        (["raises"], "KeyError: 'gone'"),
+        (["good", "--optimizer", "Adam", "--lr", "-1"], "--optimizer Adam --lr -1: Invalid learning rate: -1.0"),
+        (["good", "--seed", str(2**64)], "is not allowed: a seed is a whole number"),
     ],
 )
 def test_a_wrong_question_has_status_2(arguments, said, capsys):

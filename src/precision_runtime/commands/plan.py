@@ -86,7 +86,10 @@ def _made(options: argparse.Namespace) -> tuple[nn.Module, list[Optimizer]]:
     }
     if options.optimizer not in kinds:
         raise unknown_names("optimizer", [options.optimizer], list(kinds), "--optimizer")
-    return model, [kinds[options.optimizer](model.parameters(), lr=options.lr)]
+    try:
+        return model, [kinds[options.optimizer](model.parameters(), lr=options.lr)]
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"--optimizer {options.optimizer} --lr {options.lr:g}: {error}") from error
 
 
 def _plan(
