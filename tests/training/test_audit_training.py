@@ -332,6 +332,30 @@ def test_what_is_no_training_is_refused_in_a_sentence(change: dict[str, Any], me
         audit_training(**given)
 
 
+@pytest.mark.parametrize("updates", ["kahan", "stochastic"])
+def test_updates_that_lose_nothing_can_be_judged_and_what_half_optimizers_do_is_not_told_of_them(updates: str) -> None:
+    """Rounded at random, weights walk: further than once rounded, and without losing what was meant."""
+
+    def adam(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    report = audit_training(ones, adam, mse, BATCH, "bf16-true", steps=24, updates=updates)
+    assert report.ok, str(report)
+    assert all(r.kind != "hazard" for r in report.remarks)
+
+
+def test_updates_that_only_the_runtime_makes_are_not_for_who_steps_himself() -> None:
+    with pytest.raises(ConfigurationError, match=r"updates='kahan' is what PrecisionRuntime\.step does"):
+        audit_training(line, sgd, mse, BATCH, "bf16-true", step_fn=lambda m, o, loss: None, updates="kahan")
+    with pytest.raises(ConfigurationError, match="updates='kahan' is for modes whose weights are half"):
+        audit_training(line, sgd, mse, BATCH, "bf16-mixed", updates="kahan")
+
+
+def test_an_island_that_is_nowhere_is_a_mistake_in_the_call_and_no_verdict() -> None:
+    with pytest.raises(UnknownNameError, match="'9' in islands is unknown"):
+        audit_training(line, sgd, mse, BATCH, "16-mixed", steps=1, islands={"9": "32"})
+
+
 def test_an_unknown_mode_is_answered_with_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match="Did you mean 'bf16-mixed'"):
         audit_training(line, sgd, mse, BATCH, "bf16-mixd")

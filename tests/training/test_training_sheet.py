@@ -120,3 +120,17 @@ def test_what_a_master_keeps_is_not_lost() -> None:
     assert not stored.walks
     stored.mastered = True
     assert stored.walk == 0.0
+
+
+def test_updates_that_other_roundings_make_up_for_are_not_lost() -> None:
+    """Stochastic rounding leaves a value where it was most of the time, and moves it too far otherwise."""
+    value = torch.ones(1, dtype=torch.bfloat16)
+    stored = Stored.like(value)
+    for number in range(16):
+        wanted = value.double() + 1 / 512  # a quarter of the gap
+        after = value + (1 / 128 if number % 4 == 3 else 0.0)
+        stored.add(value, after, wanted)
+        value = after
+    assert stored.gone == 12
+    assert stored.share == 0.0
+    assert stored.walks

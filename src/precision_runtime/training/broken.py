@@ -11,7 +11,6 @@ from precision_runtime.auditing.dispatch import LowWatch
 from precision_runtime.modes import Mode
 from precision_runtime.record import Finding, Remark
 from precision_runtime.training.course import Course, gradients
-from precision_runtime.training.hazards import hazards_of
 from precision_runtime.training.lesson import Lesson
 from precision_runtime.training.notes import Notes
 from precision_runtime.training.ranking import Ranking
@@ -40,7 +39,7 @@ class Broken:
             "gradient": f"the gradient of {trouble.name!r} is not finite though the loss is",
             "update": f"the optimizer's step makes {trouble.name!r} inf or NaN though every gradient is finite",
         }[trouble.phase]
-        told = "".join(f" {text}." for text in hazards_of(low.optimizer)) if trouble.phase == "update" else ""
+        told = "".join(f" {text}." for text in low.hazards) if trouble.phase == "update" else ""
         born = Finding(
             kind="range", where=where, module=trouble.name.rpartition(".")[0], op=None, lost_bits=math.inf,  # type: ignore[arg-type]
             excess=math.inf, message=f"in step {trouble.step + 1} {who}; in FP64 it is.{told}",

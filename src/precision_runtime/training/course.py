@@ -82,6 +82,9 @@ class Observer:
     def after_update(self) -> None:
         """It has."""
 
+    def after_step(self) -> None:
+        """All is stored that this step makes."""
+
 
 @dataclass(frozen=True)
 class Verbs:
@@ -157,6 +160,7 @@ class Runner:
             self.verbs.backward(loss)
             self.phase = "update"
             self.verbs.step()
+        self.observer.after_step()
         taken = self._gate.count > before
         course.taken.append(taken)
         self._stale = taken

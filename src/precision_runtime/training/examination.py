@@ -10,17 +10,20 @@ from torch.optim import Optimizer
 from precision_runtime.auditing.applied import not_applied
 from precision_runtime.auditing.dispatch import LowWatch
 from precision_runtime.auditing.failing import error_finding, no_reference
-from precision_runtime.errors import ConfigurationError, UnsupportedError
+from precision_runtime.errors import ConfigurationError, UnknownNameError, UnsupportedError
 from precision_runtime.modes import Mode
 from precision_runtime.record import Finding, Remark, Report
 from precision_runtime.scaling import DynamicScaler
 from precision_runtime.training.broken import Broken
 from precision_runtime.training.course import Course
-from precision_runtime.training.hazards import hazards_of, idle_decay
+from precision_runtime.training.hazards import idle_decay
 from precision_runtime.training.lesson import Lesson
 from precision_runtime.training.notes import Notes
 from precision_runtime.training.ranking import Ranking
 from precision_runtime.training.trainings import LowRun, Trainings
+
+# Errors on what audit_training was given: no verdict on a training.
+_THE_CALLER_S = (ConfigurationError, UnsupportedError, UnknownNameError)
 
 
 class Examination:
@@ -47,9 +50,7 @@ class Examination:
             raise self._no_reference(error, course.steps) from error
         findings = [*self._not_applied(), *self._judge(low, course, true)]
         told = " ".join(f.message for f in findings)
-        self.notes.remarks += [
-            Remark("hazard", text) for text in hazards_of(low.optimizer) if text.rstrip(".") not in told
-        ]
+        self.notes.remarks += [Remark("hazard", text) for text in low.hazards if text.rstrip(".") not in told]
         if self.trainings.fallbacks:
             names = ", ".join(sorted(self.trainings.fallbacks))
             self.notes.remarks.append(
@@ -85,7 +86,7 @@ class Examination:
         except Exception as error:
             number = 0 if run is None else run.runner.number
             note = f"while audit_training ran step {number + 1} of {self.lesson.steps} in {self.mode}"
-            if isinstance(error, (ConfigurationError, UnsupportedError)) or self._plain_error(number + 1) is not None:
+            if isinstance(error, _THE_CALLER_S) or self._plain_error(number + 1) is not None:
                 if hasattr(error, "add_note"):
                     error.add_note(note)
                 raise
@@ -122,7 +123,7 @@ class Examination:
                         "PrecisionRuntime.gate(scheduler) waits",
                     )
                 )
-        if isinstance(low.optimizer, Optimizer):
+        if isinstance(low.optimizer, Optimizer) and not low.runtime.updates.wide:
             self.notes.remarks += [Remark("hazard", text) for text in idle_decay(low.optimizer)]
 
     def _not_applied(self) -> list[Finding]:

@@ -18,7 +18,7 @@ from precision_runtime.auditing.masking import Masking
 from precision_runtime.auditing.randomness import seeded
 from precision_runtime.automatic import placed
 from precision_runtime.capability import support
-from precision_runtime.errors import UnsupportedError
+from precision_runtime.errors import ConfigurationError, UnsupportedError
 from precision_runtime.modes import parse_mode
 from precision_runtime.optimizers import OptimizerWarning
 from precision_runtime.record import Report
@@ -26,6 +26,7 @@ from precision_runtime.scaling.history import StallWarning
 from precision_runtime.training.examination import Examination
 from precision_runtime.training.lesson import lesson_of
 from precision_runtime.training.trainings import Trainings
+from precision_runtime.updates import updates_from
 
 
 def audit_training(
@@ -40,6 +41,7 @@ def audit_training(
     step_fn: Callable[[Any, Any, Any], Any] | None = None,
     scaler: object = None,
     islands: object = (),
+    updates: object = None,
     budget: float = 2.0,
     seed: int = 0,
     name: str | None = None,
@@ -50,9 +52,9 @@ def audit_training(
     ``step()``), ``loss_fn(model, batch)`` the loss; each is called again for every run, with the same random numbers.
     ``step_fn(model, optimizer, loss)`` stands for backward and step where given, with a scaler and clipping of its own;
     otherwise a ``PrecisionRuntime`` does both. Where ``step_fn`` does not step, gradients accumulate. ``batches`` are
-    gone through once, or, with ``steps``, for so many steps and from the beginning again. ``scaler`` and ``islands``
-    are as ``PrecisionRuntime`` takes them. State that lives outside of
-    what these functions make is shared by all runs: make a ``GradScaler`` or a scheduler with the model or optimizer.
+    gone through once, or, with ``steps``, for so many steps and from the beginning again. ``scaler``, ``islands``
+    and ``updates`` are as ``PrecisionRuntime`` takes them. State that lives outside of what these functions make is
+    shared by all runs: make a ``GradScaler`` or a scheduler with the model or optimizer.
 
     Weights, buffers, optimizer state and losses are ranked among FP64 trainings that are disturbed by one unit
     roundoff: a chaotic training, where those are far apart, stays silent. ``budget`` is the number of bits that may be
@@ -68,7 +70,13 @@ def audit_training(
     if not lane.ok:
         raise UnsupportedError(f"{parsed} on {lane.accelerator} cannot be audited here: {lane.reason}")
     parsed, device = placed(parsed, lane.accelerator).mode, resolve(lane.accelerator)
-    options = {"scaler": scaler, "islands": islands}
+    way = updates_from(updates, parsed)
+    if way.wide and step_fn is not None:
+        raise ConfigurationError(
+            f"updates={way.name!r} is what PrecisionRuntime.step does, and step_fn steps without it: leave out one "
+            "of the two"
+        )
+    options = {"scaler": scaler, "islands": islands, "updates": way}
     trainings = Trainings(lesson, parsed, lane.accelerator, device, options, Masking(parsed.format))
     before = torch.get_default_dtype()
     with seeded(seed, device), torch.enable_grad(), _alone(), _quiet(), environment.ignored():

@@ -17,13 +17,13 @@ from precision_runtime.modes import Mode
 from precision_runtime.record import Finding, Remark
 from precision_runtime.training.causes import Cause, Evidence, cause_of, finding, gone_finding, vanishes
 from precision_runtime.training.course import Course
-from precision_runtime.training.hazards import hazards_of
 from precision_runtime.training.lesson import Lesson
 from precision_runtime.training.notes import Notes
 from precision_runtime.training.remedies import Remedies
 from precision_runtime.training.sheet import MOST, WALKS, Entry, entries_of, rms, screen, settle, spread_of
 from precision_runtime.training.trainings import LowRun, Trainings
-from precision_runtime.training.watching import Stored, Watch
+from precision_runtime.training.watching import Stored, Watch, watch_of
+from precision_runtime.updates import Updates
 
 # Gradients below float32's normal range are lost in every mode.
 FLOOR = FORMATS["float32"].smallest_normal
@@ -76,9 +76,7 @@ class Ranking:
                     "state", f"the optimizer's {entry.name} is {entry.excess:.3g} times as far off as rounding it is"
                 )
             )
-        evidence = Evidence(
-            course, true, list(samples.values()), stored, states, hazards_of(low.optimizer), self._u(), self.limit
-        )
+        evidence = Evidence(course, true, list(samples.values()), stored, states, low.hazards, self._u(), self.limit)
         remedies = Remedies(self.lesson, self.mode, self.trainings, self.notes, self._u())
         causes: dict[Cause, list[Entry]] = {}
         groups: dict[tuple[int, str, str], Cause] = {}
@@ -143,8 +141,8 @@ class Ranking:
             e.kind in ("loss", "buffer") or (e.kind == "parameter" and e.name not in course.norms) for e in failed
         )
 
-        def observe(model: nn.Module, optimizer: Any) -> Watch:
-            watches.append(Watch(self.lesson, model, optimizer, self.trainings.masking, forward))
+        def observe(model: nn.Module, optimizer: Any, updates: Updates) -> Watch:
+            watches.append(watch_of(self.lesson, model, optimizer, self.trainings.masking, forward, updates))
             return watches[0]
 
         with LowWatch(getattr(torch, self.mode.compute), self.trainings.masking):

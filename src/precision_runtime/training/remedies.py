@@ -29,8 +29,9 @@ class Remedies:
         """A sentence on what helps, tried in a training; None where nothing is known to."""
         if (cause.kind, cause.where) == ("underflow", "backward"):
             return self.loss_scale(true)
-        lost = (cause.kind, cause.where) == ("underflow", "update")
-        if lost and self.mode.family == "true" and self.lesson.step_fn is None and entries[0].kind == "parameter":
+        lost = (cause.kind, cause.where) == ("underflow", "update") and entries[0].kind == "parameter"
+        wide = self.trainings.options["updates"].wide
+        if lost and self.mode.family == "true" and self.lesson.step_fn is None and not wide:
             return self._kept_updates(entries, true)
         return None
 

