@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from precision_runtime.modes import MODES
 
 TELL = """
 import json, os, sys
-kept = dict(argv=sys.argv, path=sys.path[0], name=__name__, mode=os.environ["PRECISION_RUNTIME_MODE"])
+kept = dict(argv=sys.argv, path=sys.path[0], name=__name__, mode=os.environ["PRECISION_RUNTIME_MODE"], file=__file__)
 print(json.dumps(kept | {"main": sys.modules["__main__"].kept is kept}))
 """
 MAKE = "import sys\nfrom precision_runtime import PrecisionRuntime\nprint(PrecisionRuntime(*sys.argv[1:]))\n"
@@ -53,6 +54,24 @@ def test_the_script_finds_what_python_gives_it_and_the_mode(script, tmp_path, ca
     assert environment.MODE not in os.environ
 
 
+@pytest.mark.parametrize("name", ["folder/script.py", "folder/../folder/script.py", "folder", "folder.zip"])
+def test_a_script_that_changes_the_folder_finds_its_own(script, name, tmp_path, capfd):
+    """Beside itself, that is, as it does where Python runs it."""
+    text = (
+        "import os, sys\nos.chdir('/')\nimport beside\n"
+        "print(__file__, sys.path[0], os.path.exists(__file__.replace('.zip/__main__.py', '.zip')))\n"
+    )
+    script(text)
+    script(text, "folder/__main__.py")
+    script("", "folder/beside.py")
+    shutil.make_archive("folder", "zip", "folder")
+    subprocess.run([sys.executable, name], check=True)
+    expected = capfd.readouterr().out
+    assert run(name) == 0
+    assert capfd.readouterr().out == expected
+    assert expected.endswith(" True\n")
+
+
 def test_a_module_is_found_where_python_finds_it(script, tmp_path, capsys):
     script(TELL, "told/__main__.py")
     assert run("-m", "told", "--steps", "3") == 0
@@ -70,10 +89,11 @@ def test_a_runtime_without_a_mode_takes_it(script, capsys, precision):
     assert err == ""
 
 
-def test_a_runtime_in_another_mode_ends_the_script_with_its_own_traceback(script, capsys):
-    assert run(script(MAKE), "16-mixed") == 1
+def test_a_runtime_in_another_mode_ends_the_script_with_its_own_traceback(script, tmp_path, capsys):
+    name = script(MAKE)
+    assert run(name, "16-mixed") == 1
     err = capsys.readouterr().err
-    assert err.startswith('Traceback (most recent call last):\n  File "folder/script.py", line 3')
+    assert err.startswith(f'Traceback (most recent call last):\n  File "{tmp_path / name}", line 3')
     assert "made in 16-mixed, and the environment asks for bf16-mixed" in err
 
 
@@ -96,13 +116,13 @@ def test_what_the_script_exits_with_goes_through(script, text, status):
     assert left.value.code == status
 
 
-def test_an_exception_is_shown_as_python_shows_it(script, capsys):
-    name = script("def f():\n    1 / 0\n\nf()\n")
+@pytest.mark.parametrize("text", ["def f():\n    1 / 0\n\nf()\n", "def f(:\n"], ids=["raised", "not Python"])
+def test_an_exception_is_shown_as_python_shows_it(script, capsys, text):
+    name = script(text)
     assert run(name) == 1
     expected = subprocess.run([sys.executable, name], capture_output=True, text=True, check=False)
     assert expected.returncode == 1
-    shown = [line for line in capsys.readouterr().err.splitlines() if '  File "' not in line]
-    assert shown == [line for line in expected.stderr.splitlines() if '  File "' not in line]
+    assert capsys.readouterr().err == expected.stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

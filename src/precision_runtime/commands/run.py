@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import builtins
 import os
+import pkgutil
 import runpy
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 
 from precision_runtime import environment
 from precision_runtime.accelerators import ACCELERATORS, name_of
@@ -66,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
             if options.module is not None:
                 runpy.run_module(target, run_name="__main__", alter_sys=True)
             else:
-                runpy.run_path(target, run_name="__main__")
+                _run_path(str(Path(target).absolute()))
     except SystemExit as end:
         if not end.code:
             _check(target, mode, before)
@@ -76,6 +79,22 @@ def run(options: argparse.Namespace) -> int:
         return 1
     _check(target, mode, before)
     return 0
+
+
+def _run_path(path: str) -> None:
+    """Run a script, folder or archive; ``path`` is absolute, as ``__file__`` is, for scripts that change the folder."""
+    if path.endswith(".pyc") or pkgutil.get_importer(path) is not None:
+        runpy.run_path(path, run_name="__main__")
+        return
+    # runpy would do, but for sys.argv[0], which it makes the path that it runs: Python leaves it as it was written.
+    loader, main = SourceFileLoader("__main__", path), ModuleType("__main__")
+    vars(main).update(__file__=path, __cached__=None, __loader__=loader, __builtins__=builtins)
+    before = sys.modules["__main__"]
+    sys.modules["__main__"] = main
+    try:
+        exec(compile(loader.get_data(path), path, "exec", dont_inherit=True), vars(main))
+    finally:
+        sys.modules["__main__"] = before
 
 
 def _check(target: str, mode: Mode, before: int) -> None:
