@@ -53,6 +53,13 @@ def take_away(config: pytest.Config, items: list[pytest.Item], away: Sequence[py
         config.hook.pytest_deselected(items=away)
 
 
+def stop(session: pytest.Session, text: str) -> None:
+    """End the run with the text. A worker's ``UsageError`` would be lost; why its session fails is passed on."""
+    if not hasattr(session.config, "workerinput"):
+        raise pytest.UsageError(text) from None
+    session.shouldfail = text
+
+
 def warn_unspread(items: Iterable[pytest.Item]) -> None:
     """Say which tests are marked and have no lane, and why."""
     marked = (item for item in items if item.get_closest_marker(MARKER) is not None and lane_of(item) is None)
@@ -101,7 +108,7 @@ def _say(items: Iterable[pytest.Item]) -> None:
         try:
             members[0].warn(PrecisionWarning(text))
         except PrecisionWarning:  # warnings are errors in this run: end it with the text, not with a traceback
-            raise pytest.UsageError(text) from None
+            stop(members[0].session, text)
 
 
 def _why(item: pytest.Item) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from pytest_precision.arrange import EARLIER, lane_of, take_away, warn_unspread
+from pytest_precision.arrange import EARLIER, lane_of, stop, take_away, warn_unspread
 from pytest_precision.lanes import Lane
 from pytest_precision.marks import added, nearest
 from pytest_precision.matrix import Matrix, matrix_of, wrong
@@ -17,7 +17,7 @@ from pytest_precision.wishes import added_for, later_of
 def settle(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Heed them, after all other hooks; ``items`` is changed in place.
 
-    Raises ``pytest.UsageError`` for markers that cannot be understood and for lanes that nobody made.
+    Ends the run for markers that cannot be understood and for lanes that nobody made.
     """
     away: list[pytest.Item] = []
     mistakes: dict[str, str] = {}  # each with the first test that has it
@@ -31,7 +31,8 @@ def settle(config: pytest.Config, items: list[pytest.Item]) -> None:
         if problems:
             mistakes.setdefault(problems.text(), wrong(item, problems))
     if mistakes:
-        raise pytest.UsageError("\n".join(mistakes.values()))
+        stop(items[0].session, "\n".join(mistakes.values()))
+        return
     take_away(config, items, away)
     warn_unspread(items)
 

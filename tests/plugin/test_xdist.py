@@ -73,6 +73,25 @@ def test_a_matrix_that_ran_nothing_fails(run):
     assert result.ret == pytest.ExitCode.TESTS_FAILED
 
 
+HOOK = """
+import pytest
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.precision("bf16-true"))
+"""
+
+
+def test_a_mistake_that_workers_find_is_said(run, pytester):
+    pytester.makeconftest(HOOK)
+    result = run("def test_it(precision_ctx): pass", "-n1")
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.stdout.fnmatch_lines(
+        ["*a hook's marker precision names bf16-true, and the test has only the lanes 16-mixed*"]
+    )
+    result.stdout.no_fnmatch_line("*INTERNALERROR*")
+
+
 def test_a_usage_error_is_said_once(run):
     result = run("def test_plain(): pass", "-n2", "--precision-lanes=nonsense")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
