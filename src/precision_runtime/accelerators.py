@@ -2,7 +2,8 @@
 
 Every question is asked of the hardware by really doing a small thing on it, once per process. Nothing here is believed
 from a table or a version number: autocast, for instance, is silently disabled on a device that is not there, and only
-the dtype of a result shows it. Probes draw no random numbers.
+the dtype of a result shows it. Probes draw no random numbers and name every dtype and device that they use: an answer
+holds for the whole process, and the default dtype of the moment must not be in it.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ def _no_xla() -> str | None:
         import torch
         import torch_xla  # type: ignore[import-not-found]  # noqa: F401  # its import registers the device
 
-        torch.ones(1, device="xla").cpu()
+        torch.ones(1, device="xla", dtype=torch.float32).cpu()
     except Exception as error:
         return f"torch_xla is installed, but its device does not work: {_first_line(error)}"
     return None
@@ -298,11 +299,12 @@ def _quantized_error(device: torch.device, storage: str) -> str | None:
     import torch
 
     try:
-        from precision_runtime.layers.library import bnb
+        from precision_runtime.layers.library import bnb, float32_tables
 
-        # Zeros and ones are exact in every format, and so are their products.
-        ones = torch.eye(64, device=device)
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        # Zeros and ones are exact in every format, and so are their products. This is the first use of a device, for
+        # which bitsandbytes keeps the tables that it makes.
+        with _alone(), torch.no_grad(), torch.autocast(device.type, enabled=False), float32_tables():
+            ones = torch.eye(64, device=device, dtype=torch.float32)
             if storage.startswith("int8"):
                 half = ones.to(torch.float16)
                 codes, scales, _ = bnb.functional.int8_vectorwise_quant(half)
@@ -335,11 +337,21 @@ _SLOW: MappingProxyType[tuple[str, str], Callable[[], str | None]] = MappingProx
 )
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Without what the caller runs in: under fake tensors a product has no values, and every mode would seem broken."""
+    import torch
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with torch.inference_mode(False), _disable_current_modes():
+        yield
+
+
 def _product_error(device: torch.device, dtype: str) -> str | None:
     import torch
 
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with _alone(), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             a = torch.ones(4, 8, device=device, dtype=getattr(torch, dtype), requires_grad=True)
             product = a @ a.T
             product.sum().backward()
@@ -353,9 +365,9 @@ def _autocast_result(device: torch.device, dtype: str) -> str:
     import torch
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _alone():
             warnings.simplefilter("ignore")  # "Disabling autocast": the result says it
-            ones = torch.ones(4, 4, device=device)
+            ones = torch.ones(4, 4, device=device, dtype=torch.float32)
             with torch.no_grad(), torch.autocast(device.type, dtype=getattr(torch, dtype)):
                 return str((ones @ ones).dtype).removeprefix("torch.")
     except Exception as error:

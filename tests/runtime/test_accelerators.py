@@ -1,11 +1,16 @@
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from precision_runtime.accelerators import Machine, machine, name_of, pretend, resolve
+from precision_runtime.capability import support
 from precision_runtime.errors import UnknownNameError, UnsupportedError
+from precision_runtime.modes import MODES
+from precision_runtime.runtime import PrecisionRuntime
 
 
 class Lacking(Machine):
@@ -98,3 +103,39 @@ def test_importing_capability_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": "src"}, check=False).returncode == 0
     witness = "import sys, precision_runtime.casting; sys.exit('torch' in sys.modules)"  # the test above can fail
     assert subprocess.run([sys.executable, "-c", witness], env={"PYTHONPATH": "src"}, check=False).returncode == 1
+
+
+# Whatever holds where the first question is asked.
+SURROUNDINGS = {
+    "float64 default": "torch.set_default_dtype(torch.float64)",
+    "float16 default": "torch.set_default_dtype(torch.float16)",
+    "fake tensors": "FakeTensorMode().__enter__()",
+    "meta device": "torch.device('meta').__enter__()",
+}
+
+
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+def test_answers_do_not_depend_on_where_the_first_question_was_asked(surroundings):
+    # In a thread: modes and default devices are a thread's own, and the default dtype is put back.
+    before, wrong = torch.get_default_dtype(), []
+
+    def ask():
+        exec(SURROUNDINGS[surroundings], {"torch": torch, "FakeTensorMode": FakeTensorMode})
+        with pretend(Machine()):
+            wrong.extend(answer for answer in (support(mode, "cpu") for mode in MODES) if not answer.ok)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    torch.set_default_dtype(before)
+    assert wrong == []
+
+
+def test_a_mixed_mode_runs_after_a_question_that_was_asked_under_a_float64_default():
+    with pretend(Machine()):
+        torch.set_default_dtype(torch.float64)
+        try:
+            support("bf16-mixed", "cpu")
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert PrecisionRuntime("bf16-mixed", "cpu").support.status == "native"

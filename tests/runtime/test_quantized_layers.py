@@ -351,3 +351,18 @@ def test_embeddings_give_the_dequantised_rows(mode, width):
     assert torch.equal(fresh(index), model(index))
     with pytest.raises(ConfigurationError, match="quantize_embeddings has no meaning"):
         PrecisionRuntime("bf16-true", "cpu", quantize_embeddings=True)
+
+
+@pytest.mark.parametrize("mode", FOUR)
+def test_the_values_of_codes_are_float32_under_any_default_dtype(mode):
+    layer, _ = quantized(mode, 64, 64)
+    torch.set_default_dtype(torch.float16)
+    try:
+        torch.manual_seed(0)
+        other = nn.Linear(64, 64, dtype=torch.float32)
+        PrecisionRuntime(mode, "cpu").setup(nn.ModuleList([other]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    table = other.state_dict()["weight.quant_map"]
+    assert table.dtype is torch.float32
+    assert torch.equal(table, layer.state_dict()["weight.quant_map"])

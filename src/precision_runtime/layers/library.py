@@ -8,7 +8,11 @@ from __future__ import annotations
 import importlib
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from precision_runtime.errors import UnsupportedError
 
@@ -27,4 +31,19 @@ except ImportError as error:
 finally:
     _log.setLevel(_level)
 
-__all__ = ["bnb"]
+__all__ = ["bnb", "float32_tables"]
+
+
+@contextmanager
+def float32_tables() -> Iterator[None]:
+    """Inside, the values that bitsandbytes' codes stand for are float32, as they are meant to be.
+
+    It makes these tables in the default dtype, and keeps the first ones that a device needs for the whole process: made
+    under a float16 default they are rounded, and so is every weight from then on.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

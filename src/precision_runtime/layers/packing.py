@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from precision_runtime.layers.library import bnb
+from precision_runtime.layers.library import bnb, float32_tables
 
 BLOCK = 64  # weights that share a scale in the 4-bit formats
 NESTED = 256  # scales that share a scale of their own under double quantisation
@@ -35,7 +35,8 @@ def pack4(weight: torch.Tensor, storage: str) -> tuple[torch.Tensor, Any]:
             packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(piece, BLOCK, kind, torch.uint8)
             codes[start // 2 : start // 2 + len(packed)] = packed
             scales[start // BLOCK : start // BLOCK + len(absmax)] = absmax
-    table = bnb.functional.get_4bit_type(kind, device=flat.device)
+    with float32_tables():
+        table = bnb.functional.get_4bit_type(kind, device=flat.device)
     state = bnb.functional.QuantState(
         absmax=scales, shape=weight.shape, code=table, blocksize=BLOCK, quant_type=kind, dtype=torch.float32
     )
