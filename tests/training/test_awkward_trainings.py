@@ -106,6 +106,36 @@ def test_an_average_of_weights_that_is_stuck_is_found(place: str, bad: bool) -> 
         assert finding.worst.value != pytest.approx(finding.worst.reference, rel=2.0**-8)
 
 
+@pytest.mark.slow
+@BOTH
+def test_an_average_that_has_left_where_the_weights_began_is_still_one(bad: bool) -> None:
+    """It nears weights that are ten times as large as in the beginning, until 1 % of what is left is rounded away."""
+
+    def average(model: nn.Module) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+        optimizer.averages = [
+            p.detach().bfloat16() if p.dtype is not torch.float64 and bad else wide(p)  # type: ignore[attr-defined]
+            for p in model.parameters()
+        ]
+        return optimizer
+
+    def step(model: nn.Module, optimizer: Any, loss: torch.Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        with torch.no_grad():
+            for p, kept in zip(model.parameters(), optimizer.averages, strict=True):
+                kept.mul_(0.99).add_(p.to(kept.dtype), alpha=0.01)
+
+    def far(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return sum((p - 3.0).square().sum() for p in model.parameters()) * batch  # type: ignore[no-any-return]
+
+    report = audit_training(lambda: nn.Linear(8, 8), average, far, [torch.ones(())], "32-true", steps=300, step_fn=step)
+    assert report.ok is not bad, str(report)
+    if bad:
+        assert report.findings[0].message.startswith("average \"['averages']")
+        assert "rounded always the same way. Keep it in float32" in report.findings[0].message
+
+
 def test_moments_of_gradients_are_no_averages_of_weights() -> None:
     def adam(model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.Adam(model.parameters(), lr=0.02, betas=(0.9, 0.95))

@@ -32,6 +32,18 @@ def test_an_entry_s_floor_is_one_rounding_of_the_movement_and_of_the_stored_valu
     assert [e.kind for e in entries_of(low, true, 2.0**-8, {"w"})] == ["buffer", "loss"]
 
 
+@pytest.mark.parametrize(("early", "kind"), [([1.0, 1.0], "average"), ([0.1, 3.0], "state")])
+def test_an_average_of_weights_is_known_by_where_it_was_after_one_step(early: list[float], kind: str) -> None:
+    """The weights have gone from 1 to 21, and what the optimizer keeps has come half of the way."""
+    low, true = (
+        Course(start={"w": torch.ones(2)}, end={"w": torch.full((2,), 21.0)}, norms={"w": [torch.ones(())]},
+               early={"kept": torch.tensor(early)}, state={"kept": torch.full((2,), 11.0)})
+        for _ in range(2)
+    )  # fmt: skip
+    low.losses = true.losses = [torch.tensor(1.0, dtype=torch.float64)]
+    assert {e.name: e.kind for e in entries_of(low, true, 2.0**-8, set())}["kept"] == kind
+
+
 def test_a_spread_is_the_rms_distance_and_infinite_where_a_sample_diverges() -> None:
     (entry,) = [e for e in entries_of(course(w=[1.0]), course(w=[2.0]), 2.0**-8, set()) if e.name == "w"]
     assert spread_of(entry, [course(w=[5.0]), course(w=[-2.0])]) == pytest.approx(math.sqrt((9 + 16) / 2))

@@ -61,7 +61,8 @@ def cause_of(entry: Entry, evidence: Evidence) -> Cause:
         return Cause(
             3, "underflow", "update",
             f"this average of {entry.owner!r} has gone {_way(entry):.0%} of its way: what it is to move in a step is "
-            "below half a unit in its last place. Keep it in float32",
+            f"{'below half a unit in its last place' if entry.stuck else 'rounded always the same way'}. "
+            "Keep it in float32",
         )  # fmt: skip
     for look in (_stuck, _scaled, _changed, _underflow, _gradient, _lost, _state, _broken):
         found = look(entry, evidence)

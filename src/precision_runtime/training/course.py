@@ -41,6 +41,7 @@ class Course:
 
     start: dict[str, torch.Tensor] = field(default_factory=dict)
     end: dict[str, torch.Tensor] = field(default_factory=dict)
+    early: dict[str, torch.Tensor] = field(default_factory=dict)  # what ``state`` was after the first step taken
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     losses: list[torch.Tensor] = field(default_factory=list)
     first: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -227,6 +228,8 @@ class Runner:
         self.observer.before_update()
 
     def _after(self) -> None:
+        if self._gate.count == 1:
+            self.course.early = states(self.model, self.optimizer)
         self.observer.after_update()
         if self.course.trouble is None:
             bad = [name for name, p in self.model.named_parameters() if not finite([p.detach()])]

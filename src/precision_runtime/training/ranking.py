@@ -20,7 +20,7 @@ from precision_runtime.training.course import Course
 from precision_runtime.training.lesson import Lesson
 from precision_runtime.training.notes import Notes
 from precision_runtime.training.remedies import Remedies
-from precision_runtime.training.sheet import MOST, WALKS, Entry, entries_of, rms, screen, settle, spread_of
+from precision_runtime.training.sheet import MOST, WALKS, Entry, entries_of, rms, roundoff, screen, settle, spread_of
 from precision_runtime.training.trainings import LowRun, Trainings
 from precision_runtime.training.watching import Stored, Watch, watch_of
 from precision_runtime.updates import Updates
@@ -67,7 +67,7 @@ class Ranking:
             )
         states = {e.name: e for e in failed if e.kind == "state"}
         moved = [e for e in failed if e.kind in ("parameter", "buffer")] or [e for e in failed if e.kind == "loss"]
-        moved += [e for e in failed if e.kind == "average" and e.stuck and course.state[e.name].dtype in HALF]
+        moved += [e for e in failed if e.kind == "average" and _misled(e, course, self.limit)]
         # Only measured figures: what passed on its bound has lost less than the budget, nobody knows how much.
         self.notes.scores += [e.excess for e in entries if e.measured and e.excess <= self.limit]
         for entry in () if moved else states.values():
@@ -148,6 +148,16 @@ class Ranking:
         with LowWatch(getattr(torch, self.mode.compute), self.trainings.masking):
             self.trainings.low(observe, steps=course.steps).runner.run()
         return watches[0]
+
+
+def _misled(entry: Entry, course: Course, limit: float) -> bool:
+    """Whether an average that is kept in half is stuck, or farther off than if each step's rounding were chance."""
+    kept = course.state[entry.name]
+    if kept.dtype not in HALF or entry.start is None:
+        return False
+    size = max(rms(entry.start), rms(kept.to(torch.float64)))
+    entry.walk = 0.0 if entry.stuck else math.sqrt(course.steps / 3.0) * roundoff(kept) * size
+    return entry.excess > limit
 
 
 def _local(entry: Entry, watch: Watch) -> bool:

@@ -129,7 +129,7 @@ def entries_of(low: Course, true: Course, u: float, buffers: set[str]) -> list[E
         found.append(Entry(name, kind, moved, reference, floor, end.shape, start))
     for name, value in low.state.items():
         if name in true.state and true.state[name].shape == value.shape:
-            owner = _averaged(true.state[name], true)
+            owner = _averaged(name, true.state[name], true)
             if owner:
                 start = _flat(true.start[owner])
                 reference = _flat(true.state[name]) - start
@@ -153,17 +153,21 @@ def _storing(stored: torch.Tensor, value: torch.Tensor, way: torch.Tensor, low: 
     return once if stored.dtype in HALF else max(once, min(low.steps * once, STORED * rms(way)))
 
 
-def _averaged(state: torch.Tensor, true: Course) -> str:
+def _averaged(name: str, state: torch.Tensor, true: Course) -> str:
     """The parameter whose average over the steps this state is, '' if of none.
 
-    It lies no farther from where the weights began than they do now, and near them; moments of gradients do not.
+    It lies no farther from where the weights began than they do now, and is near them, or was after one step; moments
+    of gradients are not.
     """
-    for name, start in true.start.items():
-        if start.shape != state.shape or name not in true.norms:
+    early = true.early.get(name)
+    for owner, start in true.start.items():
+        if start.shape != state.shape or owner not in true.norms:
             continue
-        way = rms(_flat(state) - _flat(start))
-        if 0.0 < way <= min(rms(_flat(true.end[name]) - _flat(start)), rms(_flat(start)) / 2.0):
-            return name
+        way, near = rms(_flat(state) - _flat(start)), rms(_flat(start)) / 2.0
+        if early is not None and early.shape == start.shape and rms(_flat(early) - _flat(start)) <= near:
+            near = math.inf
+        if 0.0 < way <= min(rms(_flat(true.end[owner]) - _flat(start)), near):
+            return owner
     return ""
 
 
