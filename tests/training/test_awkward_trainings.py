@@ -329,3 +329,172 @@ def test_decay_that_is_added_to_scaled_gradients_is_told_from_a_wrong_gradient(b
         first = report.findings[0]
         assert (first.kind, first.where) == ("instability", "update")
         assert "what is done to it in between" in first.message
+
+
+# -- causes ------------------------------------------------------------------------------------------------------------
+
+
+def low(t: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Rounded, where it is not the reference."""
+    return t if t.dtype is torch.float64 else t.to(dtype).to(t.dtype)
+
+
+def plainly(model: nn.Module, optimizer: Any, loss: torch.Tensor) -> None:
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+class Rounding(torch.optim.Optimizer):
+    """SGD with momentum, whose steps are rounded to bfloat16."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            kept = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            kept.mul_(0.9).add_(p.grad)
+            p.sub_(low(0.05 * kept))
+
+
+def test_state_that_only_follows_wrong_steps_is_not_blamed_for_them() -> None:
+    report = audit_training(lambda: nn.Linear(8, 16), Rounding, lambda m, b: m(b[0]).square().mean(), BATCH, "32-true",
+                            steps=6)  # fmt: skip
+    assert "the gradients of the first step are right" in report.findings[0].message
+    assert "momentum" not in report.findings[0].message
+
+
+def test_a_gradient_that_cancels_in_float32_is_not_said_to_underflow() -> None:
+    """1000 and 1001 are one number in bfloat16."""
+
+    def advantage(model: nn.Module, batch: Any) -> torch.Tensor:
+        reward = low(1000.0 + (batch[1][:, 0] > 0).to(batch[0].dtype))
+        return -((reward - reward.mean()) * model(batch[0])[:, 0]).mean()
+
+    report = audit_training(
+        line, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), advantage, BATCH, "32-true", steps=4
+    )
+    first = report.findings[0]
+    assert (first.kind, first.where) == ("instability", "backward")
+    assert "it is zero in 4 of 4 steps, though the format holds values far smaller" in first.message
+    assert "loss scale" not in str(report)
+    assert first.suggestion is None
+    assert "loss_scale_needed" not in report.figures
+
+
+@pytest.mark.parametrize("mode", ["32-true", "bf16-mixed", "16-mixed"])
+def test_steps_that_step_fn_skips_are_not_laid_to_a_loss_scale_that_is_not_there(mode: str) -> None:
+    """300 squared is more than float16 holds."""
+
+    def step(model: nn.Module, optimizer: Any, loss: torch.Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+        if all(low(p.grad, torch.float16).square().half().sum().isfinite() if p.dtype is not torch.float64 else True
+               for p in model.parameters() if p.grad is not None):  # fmt: skip
+            optimizer.step()
+        optimizer.zero_grad()
+
+    report = audit_training(
+        line, lambda m: torch.optim.SGD(m.parameters(), lr=1e-5), lambda m, b: mse(m, b) * 3000, BATCH, mode, steps=3,
+        step_fn=step,
+    )  # fmt: skip
+    (finding,) = report.findings
+    assert "every one of 3 steps was skipped by step_fn, which steps in FP64" in finding.message
+    assert ("scaled" in finding.message) is (mode == "16-mixed")
+
+
+class Twins(nn.Module):
+    """A layer, and an average of it that nobody calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.average = nn.Linear(8, 4), nn.Linear(8, 4).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.layer(x)
+
+
+def test_an_average_in_the_model_that_is_rounded_in_each_step_is_no_fault_of_the_optimizer_s() -> None:
+    def step(model: Any, optimizer: Any, loss: torch.Tensor) -> None:
+        plainly(model, optimizer, loss)
+        with torch.no_grad():
+            for p, kept in zip(model.layer.parameters(), model.average.parameters(), strict=True):
+                kept.copy_(low(kept.lerp(p, 1e-3)))
+
+    report = audit_training(
+        Twins, lambda m: torch.optim.SGD(m.layer.parameters(), lr=0.1), mse, BATCH, "32-true", steps=8, step_fn=step
+    )
+    first = report.findings[0]
+    assert first.module == "average"
+    assert "values written into it in each step are rounded always the same way" in first.message
+
+
+class Summing(torch.optim.Optimizer):
+    """Divides its steps by a sum of norms, kept in float16 beside the parameter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            dtype = p.dtype if p.dtype is torch.float64 else torch.float16
+            total = self.state[p].setdefault("total", torch.zeros((), dtype=dtype))
+            total.add_(p.grad.norm().to(dtype))
+            p.sub_(p.grad / (1.0 + total.to(p.dtype)))
+
+
+def test_state_that_is_not_finite_is_named_by_its_parameter() -> None:
+    report = audit_training(line, Summing, lambda m, b: mse(m, b) * 3e5, BATCH, "32-true", steps=3)
+    assert "not finite any more: 'total' of weight, 'total' of bias" in report.findings[0].message
+    assert "tensor(" not in str(report)
+
+
+class Wrapper:
+    """Keeps the optimizer that steps inside."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.inner = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(self) -> None:
+        self.inner.step()
+
+    def zero_grad(self) -> None:
+        self.inner.zero_grad()
+
+
+def test_steps_of_an_inner_optimizer_s_are_not_said_never_to_have_been_taken() -> None:
+    report = audit_training(
+        line, Wrapper, mse, BATCH, "bf16-mixed", steps=3, step_fn=lambda m, o, loss: plainly(m, o.inner, loss)
+    )
+    (remark,) = report.remarks
+    assert "step() of what make_optimizer returned was never called, and yet weights have moved" in remark.message
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_gradients_that_step_fn_sums_in_bfloat16_are_not_laid_to_the_backward_pass(own: bool) -> None:
+    def step(model: Any, optimizer: Any, loss: torch.Tensor) -> None:
+        weights = list(model.parameters())
+        if own:
+            found = torch.autograd.grad(loss, weights)
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
+            found = tuple(p.grad for p in weights)
+        model.sums = [low(a + b) for a, b in zip(getattr(model, "sums", [0.0] * 2), found, strict=True)]
+        model.count = getattr(model, "count", 0) + 1
+        optimizer.zero_grad()
+        if model.count % 8 == 0:
+            for p, g in zip(weights, model.sums, strict=True):
+                p.grad = g
+            optimizer.step()
+            model.sums = [0.0] * 2
+
+    batches = [(X[i : i + 8], Y[i : i + 8]) for i in range(0, 64, 8)]
+    report = audit_training(
+        line, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), mse, batches, "32-true", steps=16, step_fn=step
+    )
+    first = report.findings[0]
+    assert (first.kind, first.where) == ("instability", "update")
+    assert ("step_fn has put it there" if own else "the backward pass leaves its gradient right") in first.message
+    assert "1 times too large" not in first.message

@@ -58,6 +58,8 @@ def advise(true: Mapping[str, torch.Tensor], form: Format, at: Gradients) -> Sca
         scale *= 2.0
     else:
         return None
+    if scale == 1.0:  # no scale is missed: something else took the gradients
+        return None
     settles = scale
     while settles < _LARGEST and _finite(at(2.0 * settles)):
         settles *= 2.0

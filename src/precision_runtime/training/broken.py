@@ -58,18 +58,22 @@ class Broken:
         return self.ranking.findings(low, course, self.trainings.double(course))
 
     def _never_stepped(self, low: LowRun, course: Course) -> list[Finding] | None:
-        """None where the user's code steps in FP64 as rarely; otherwise a scaler has skipped every step."""
+        """None where the user's code steps in FP64 as rarely; otherwise every step was skipped."""
         free = self.trainings.double(replace(course, taken=[True] * course.steps))
         if not any(free.taken):
             return None
         culprits = [name for name, g in gradients(low.model).items() if not bool(torch.isfinite(g).all())]
         told = f"; not finite: the gradient of {', '.join(culprits[:3])}" if culprits else ""
-        scale = low.runtime.scaler.scale
+        if self.lesson.step_fn is None:
+            why = f"because scaled gradients overflowed, down to a scale of {low.runtime.scaler.scale:g}"
+        else:
+            scaled = "gradients that overflow while they are scaled, or " if self.mode.scaled else ""
+            why = f"by step_fn, which steps in FP64: {scaled}what it decides by, such as a norm, leaves the range"
         return [
             Finding(
-                kind="range", where="backward", module=culprits[0].rpartition(".")[0] if culprits else "", op=None,
+                kind="range", where="backward" if culprits or self.mode.scaled else "update",
+                module=culprits[0].rpartition(".")[0] if culprits else "", op=None,
                 lost_bits=math.inf, excess=math.inf,
-                message=f"every one of {course.steps} steps was skipped because scaled gradients overflowed"
-                + (f", down to a scale of {scale:g}" if self.lesson.step_fn is None else "") + told,
+                message=f"every one of {course.steps} steps was skipped {why}{told}",
             )
         ]  # fmt: skip

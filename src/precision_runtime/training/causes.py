@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from precision_runtime.casting import HALF
+from precision_runtime.formats import FORMATS
 from precision_runtime.record import Finding, Kind, Where, Worst, lost_bits
 from precision_runtime.training.course import Course
 from precision_runtime.training.sheet import MOST, Entry, rms
@@ -25,7 +26,8 @@ _PARALLEL, _FACTOR = 0.99, 2.0
 class Evidence:
     """All that is known: the training in the mode, the true one, disturbed ones, and what became of stored values.
 
-    ``u`` is what the mode's rounding costs a gradient, ``limit`` the excess that is allowed.
+    ``u`` is what the mode's rounding costs a gradient, ``limit`` the excess that is allowed, ``smallest`` the smallest
+    normal number of the mode's format. ``own_step``: a function of the user's calls backward and steps.
     """
 
     low: Course
@@ -36,6 +38,12 @@ class Evidence:
     hazards: Sequence[str]
     u: float
     limit: float
+    smallest: float
+    own_step: bool
+
+    def trained(self, name: str) -> bool:
+        """Whether a step was ever taken with a gradient of this one."""
+        return name in self.low.norms or name in self.true.norms
 
 
 @dataclass(frozen=True)
@@ -64,12 +72,10 @@ def cause_of(entry: Entry, evidence: Evidence) -> Cause:
             f"{'below half a unit in its last place' if entry.stuck else 'rounded always the same way'}. "
             "Keep it in float32",
         )  # fmt: skip
-    for look in (_stuck, _scaled, _changed, _underflow, _gradient, _lost, _state, _broken):
+    for look in (_stuck, _scaled, _changed, _underflow, _gradient, _broken, _lost, _state, _written):
         found = look(entry, evidence)
         if found is not None:
             return found
-    if entry.kind == "buffer":
-        return Cause(4, "instability", "update", "values written into it in each step are rounded always the same way")
     return Cause(
         4, "instability", "update",
         "the gradients of the first step are right: what is made of them in the optimizer's steps is not",
@@ -90,6 +96,26 @@ def _stuck(entry: Entry, evidence: Evidence) -> Cause | None:
     return None
 
 
+def _written(entry: Entry, evidence: Evidence) -> Cause | None:
+    """What no gradient moves: a buffer, or an average of weights in the model."""
+    if entry.kind == "parameter" and evidence.trained(entry.name):
+        return None
+    kept = evidence.low.end[entry.name].dtype
+    if kept in HALF and entry.stuck:
+        return Cause(
+            3, "underflow", "update",
+            f"it has gone {_way(entry):.0%} of its way: what it is to move in a step is below half a unit in its last "
+            "place. Keep it in float32",
+        )  # fmt: skip
+    if entry.kind == "parameter" and not evidence.low.norms:
+        return None  # steps were taken where nobody could look on
+    return Cause(
+        4, "instability", "update",
+        "values written into it in each step are rounded always the same way. "
+        + ("Keep it in float32" if kept in HALF else "Compute them in float32, too"),
+    )  # fmt: skip
+
+
 def _underflow(entry: Entry, evidence: Evidence) -> Cause | None:
     low, true = evidence.low.norms.get(entry.name, []), evidence.true.norms.get(entry.name, [])
     pairs = [(float(a), float(b)) for a, b in zip(low, true, strict=False) if float(b) > 0.0]
@@ -99,6 +125,13 @@ def _underflow(entry: Entry, evidence: Evidence) -> Cause | None:
         return None
     size = max((b for _, b in pairs), default=0.0)
     told = f"it is zero in {vanished} of {len(pairs)} steps" if vanished else f"{gone:.0%} of its norm is zero"
+    if evidence.smallest <= FORMATS["float32"].smallest_normal <= size:
+        return Cause(
+            1, "instability", "backward",
+            f"its gradient, whose norm is {size:.3g} at most, is lost: {told}, though the format holds values far "
+            "smaller: what it is made of is a difference of terms that were rounded to the same value, in a cast or "
+            "after they had grown large. audit() of one step names the op",
+        )  # fmt: skip
     return Cause(
         1, "underflow", "backward",
         f"its gradient, whose norm is {size:.3g} at most, vanishes: {told}. A loss scale (16-mixed) or bfloat16 keeps "
@@ -144,16 +177,18 @@ def _changed(entry: Entry, evidence: Evidence) -> Cause | None:
     common = math.hypot(evidence.u * rms(true) / math.sqrt(3.0), _spread(name, evidence))
     if not sizes[1] or rms(low - true) <= evidence.limit * common:
         return None
+    factor = sizes[0] / sizes[1]
     if not sizes[0]:
         how = "zero"
-    elif not _parallel(low, true, sizes):
+    elif not _parallel(low, true, sizes) or 1.0 / _FACTOR < factor < _FACTOR:
         how = f"{lost_bits(rms(low - true) / common):.1f} bits off" if common else "another"
     else:
-        how = _times(sizes[0] / sizes[1])
+        how = _times(factor)
     return Cause(
         2, "instability", "update",
         f"the backward pass leaves its gradient right (but for a loss scale), and the one that the first step is taken "
-        f"with is {how}: what is done to it in between (unscaling, clipping, decay, a norm that overflows) is wrong",
+        f"with is {how}: what is done to it in between (a sum, unscaling, clipping, decay, a norm that overflows) is "
+        "wrong",
     )  # fmt: skip
 
 
@@ -184,11 +219,14 @@ def _gradient(entry: Entry, evidence: Evidence) -> Cause | None:
     error = rms(low.to(torch.float64) - true.to(torch.float64))
     if not common or error / common <= evidence.limit:
         return None
-    return Cause(
-        1, "instability", "backward",
-        f"already the gradient of the first step is {lost_bits(error / common):.1f} bits off; audit() of one step "
-        "names the op",
-    )  # fmt: skip
+    told = f"already the gradient of the first step is {lost_bits(error / common):.1f} bits off"
+    if evidence.own_step and entry.name not in evidence.low.left:
+        return Cause(
+            2, "instability", "update",
+            f"{told}, and step_fn has put it there: what it is summed, scaled or cast in has too few digits, "
+            "unless audit() of one step names an op of the model's",
+        )  # fmt: skip
+    return Cause(1, "instability", "backward", f"{told}; audit() of one step names the op")
 
 
 def _lost(entry: Entry, evidence: Evidence) -> Cause | None:
@@ -217,6 +255,8 @@ def _state(entry: Entry, evidence: Evidence) -> Cause | None:
             f"the smallest value of its dtype{told}",
         )  # fmt: skip
     kept = evidence.low.state.get(worst.name)
+    if kept is not None and kept.dtype not in HALF and not _early(worst.name, evidence):
+        return None  # it has followed gradients of other weights
     why = (
         "it is kept in too few digits"
         if kept is None or kept.dtype in HALF
@@ -228,6 +268,16 @@ def _state(entry: Entry, evidence: Evidence) -> Cause | None:
         4, "instability", "update",
         f"the optimizer's state {worst.name!r} is {lost_bits(worst.excess):.1f} bits off: {why}{told}",
     )  # fmt: skip
+
+
+def _early(name: str, evidence: Evidence) -> bool:
+    """Whether this state was off already after the first step, when all gradients were those of the same weights."""
+    low, true = evidence.low.early.get(name), evidence.true.early.get(name)
+    if low is None or true is None or low.shape != true.shape:
+        return False
+    spread = _distance(true, [s.early[name] for s in evidence.samples if name in s.early])
+    common = math.hypot(evidence.u * rms(true.to(torch.float64)) / math.sqrt(3.0), spread)
+    return rms(low.to(torch.float64) - true.to(torch.float64)) > evidence.limit * common
 
 
 def _broken(entry: Entry, evidence: Evidence) -> Cause | None:

@@ -129,7 +129,7 @@ class Runner:
                 break
         course.end = values(self.model)
         course.state = states(self.model, self.optimizer)
-        course.broken = [path for path, t in hidden(self.optimizer) if not finite([t.detach()])]
+        course.broken = [path for path, t in hidden(self.optimizer, self.model) if not finite([t.detach()])]
         return course
 
     def _step(self, batch: Any) -> None:
@@ -291,9 +291,20 @@ def states(model: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def hidden(optimizer: Any) -> Sequence[tuple[str, torch.Tensor]]:
-    """Floating tensors anywhere in an optimizer, by path."""
-    return [(path, t) for path, t in leaves(vars(optimizer)) if t.is_floating_point()]
+def hidden(optimizer: Any, model: nn.Module) -> Sequence[tuple[str, torch.Tensor]]:
+    """Floating tensors anywhere in an optimizer, by path; in its state ``'exp_avg' of layer.weight``."""
+    own = getattr(optimizer, "state", None)
+    if not isinstance(own, dict):
+        return [(path, t) for path, t in leaves(vars(optimizer)) if t.is_floating_point()]
+    names = {id(t): name for name, p in model.named_parameters() for t in (p, master_of(p)) if t is not None}
+    found = list(leaves({k: v for k, v in vars(optimizer).items() if k != "state"}))
+    for key, kept in own.items():
+        of = names.get(id(key), "a tensor") if isinstance(key, torch.Tensor) else repr(key)
+        if isinstance(kept, dict):
+            found += [(f"{name!r}{path} of {of}", t) for name, value in kept.items() for path, t in leaves(value)]
+        else:
+            found += [(f"state{path} of {of}", t) for path, t in leaves(kept)]
+    return [(path, t) for path, t in found if t.is_floating_point()]
 
 
 def _rates(optimizer: Any) -> tuple[float, ...]:

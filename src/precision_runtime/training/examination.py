@@ -139,7 +139,12 @@ class Examination:
             if broken is not None:
                 return broken
         if not any(course.taken):
-            self.notes.remarks.append(
-                Remark("not-judged", "the optimizer was never stepped: there is no update to judge")
+            moved = any(not torch.equal(t, course.start[n]) for n, t in course.end.items() if n in course.start)
+            told = (
+                "step() of what make_optimizer returned was never called, and yet weights have moved: which updates "
+                "are lost cannot be told. Return the optimizer that steps"
+                if moved and self.lesson.step_fn is not None
+                else "the optimizer was never stepped: there is no update to judge"
             )
+            self.notes.remarks.append(Remark("not-judged", told))
         return ranking.findings(low, course, true)

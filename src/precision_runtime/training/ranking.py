@@ -76,7 +76,9 @@ class Ranking:
                     "state", f"the optimizer's {entry.name} is {entry.excess:.3g} times as far off as rounding it is"
                 )
             )
-        evidence = Evidence(course, true, list(samples.values()), stored, states, low.hazards, self._u(), self.limit)
+        evidence = Evidence(course, true, list(samples.values()), stored, states, low.hazards, self._u(), self.limit,
+            self.mode.format.smallest_normal, self.lesson.step_fn is not None,
+        )  # fmt: skip
         remedies = Remedies(self.lesson, self.mode, self.trainings, self.notes, self._u())
         causes: dict[Cause, list[Entry]] = {}
         groups: dict[tuple[int, str, str], Cause] = {}

@@ -183,7 +183,7 @@ class Watch(Observer):
         now = dict(self._model.named_parameters())
         for name, (before, wanted) in self._wanted.items():
             self._add(name, before, now[name].detach(), wanted)
-            others = (t for _, t in hidden(self._optimizer) if t is not now[name])
+            others = (t for _, t in hidden(self._optimizer, self._model) if t is not now[name])
             self.stored[name].mastered = _is_mastered(now[name], others)
 
     def _add(self, name: str, before: torch.Tensor, after: torch.Tensor, wanted: torch.Tensor) -> None:
