@@ -62,10 +62,10 @@ class _Evaluation:
 
     def __call__(self) -> Any:
         self.called = True
-        opened = self.scaler.opened
+        losses = self.scaler.losses
         with torch.enable_grad():
             loss = self.closure()
-        if self.scaler.opened == opened:
+        if self.scaler.losses == losses:
             raise ConfigurationError(
                 f"the closure given to {type(self.optimizer).__name__} ran no backward() of the runtime, so that its "
                 "gradients are not scaled as this mode scales them: call runtime.backward(loss) in it"

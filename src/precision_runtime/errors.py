@@ -34,6 +34,10 @@ class AuditError(PrecisionError, RuntimeError):
     """The audit could not be carried out (the reference itself fails, for instance); never a verdict."""
 
 
+class PrecisionWarning(UserWarning):
+    """Numbers are about to be wrong, though nothing fails."""
+
+
 def did_you_mean(name: str, known: Iterable[str], elsewhere: Mapping[str, Sequence[str]] = MappingProxyType({})) -> str:
     """Return ``" Did you mean 'x'?"`` for the known name nearest to ``name``, or an empty string.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from precision_runtime import forwarding
 from precision_runtime.accelerators import name_of, resolve
 from precision_runtime.automatic import placed
+from precision_runtime.bypass import NoWatch, watch_for
 from precision_runtime.capability import support
 from precision_runtime.casting import HALF_TO_SINGLE
 from precision_runtime.checkpoints.description import KEYS, describe, refuse_other
@@ -129,6 +130,8 @@ class PrecisionRuntime:
         self._models: list[weakref.ref[nn.Module]] = []
         self.updates: Updates = updates_from(updates, self.mode)
         self.inputs = answer_of(inputs)
+        alone = self.scaler.enabled and self.scaler.alone
+        self._watch: NoWatch = watch_for(alone, self.mode.masters, self.updates.name)
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._recorded: tuple[tuple[Entry, ...] | None, tuple[str, ...]] = None, ()
         self._meter: LostUpdates | None = None
@@ -210,7 +213,12 @@ class PrecisionRuntime:
         return self.strategy.autocast()
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        """Run backward from ``loss``, scaled where the mode scales; the rest as ``Tensor.backward`` takes it."""
+        """Run backward from ``loss``, scaled where the mode scales; the rest as ``Tensor.backward`` takes it.
+
+        The step that follows is the runtime's: where ``optimizer.step()`` would do something else, it warns
+        (``PrecisionWarning``), once.
+        """
+        self._watch.backward(self._weights)
         self.scaler.open(self._optimizers)
         with self.strategy.backward():
             self.scaler.scaled(loss).backward(*args, **kwargs)
@@ -260,12 +268,18 @@ class PrecisionRuntime:
         Several optimizers may step after one backward: the scale changes once. A ``closure``, which LBFGS needs and
         others take, computes the loss and calls the runtime's ``backward``; where one of its evaluations overflows the
         whole step is taken back.
+
+        Raises ``ConfigurationError`` where the mode scales its loss and nothing has been scaled since the last step.
         """
         if closure is None and isinstance(optimizer, torch.optim.LBFGS):
             raise ConfigurationError("LBFGS computes its gradients through a closure: step(optimizer, closure)")
         self.masters.refuse(closure)
         if optimizer not in self._optimizers:
             self._meet(optimizer)
+        with self._watch.stepping():
+            return self._step(optimizer, closure, kwargs)
+
+    def _step(self, optimizer: Optimizer, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> StepResult:
         self.masters.gather((optimizer,))
         if not self.scaler.enabled:
             self._advance(optimizer, *(() if closure is None else (closure,)), **kwargs)
@@ -294,6 +308,7 @@ class PrecisionRuntime:
     def _meet(self, optimizer: Optimizer) -> None:
         self._optimizers.add(optimizer)
         self.updates.adopt(optimizer)
+        self._watch.meet(optimizer)
         if not self.scaler.enabled and not self.updates.wide:
             warn_of_fatal(optimizer)
 
@@ -439,6 +454,9 @@ class PrecisionRuntime:
             known.get(id(self.masters.behind(p)), f"a {tuple(p.shape)} parameter of no model set up here")
             for p in parameters
         )
+
+    def _weights(self) -> Iterator[torch.Tensor]:
+        return (parameter for model in self._alive() for parameter in model.parameters())
 
     def _named(self) -> dict[str, torch.Tensor]:
         """Parameters by path in the models set up here; with several models each path begins with the model's class."""

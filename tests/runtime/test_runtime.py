@@ -199,8 +199,9 @@ def test_culprits_are_named_and_models_told_apart():
     one, two = nn.Sequential(nn.Linear(1, 1)), nn.Linear(1, 1)
     opt = torch.optim.SGD([*one.parameters(), *two.parameters()], lr=1.0)
     rt.setup(one, opt), rt.setup(two)
-    one[0].weight.grad, two.bias.grad = torch.full((1, 1), float("nan")), torch.full((1,), float("inf"))
-    one[0].bias.grad = torch.ones(1)
+    scaled = rt.scaler.scaled
+    one[0].weight.grad, two.bias.grad = scaled(torch.full((1, 1), float("nan"))), scaled(torch.full((1,), float("inf")))
+    one[0].bias.grad = scaled(torch.ones(1))
     assert rt.step(opt).culprits == ("Sequential.0.weight", "Linear.bias")
 
 

@@ -131,16 +131,52 @@ def test_accumulating_after_clipping_without_a_step_is_still_right():
     assert p.item() == pytest.approx(1.0 - 1.0 - 1.0, abs=1e-5)
 
 
-def test_gradients_set_by_hand_may_step_again_and_spent_ones_may_not():
+def test_gradients_set_by_hand_are_scaled_by_hand_and_spent_ones_may_not_step_again():
     rt = runtime(init_scale=4.0, growth_interval=100)
     p, opt = parameter()
-    p.grad = torch.tensor([INF])
+    p.grad = rt.scaler.scaled(torch.tensor([INF]))
     assert rt.step(opt).scale == 2.0
-    p.grad = torch.tensor([2.0])
+    p.grad = rt.scaler.scaled(torch.tensor([1.0]))
     rt.step(opt)
     assert p.item() == 0.0
     with pytest.raises(ConfigurationError, match="SGD has stepped with these gradients already"):
         rt.step(opt)
+
+
+@pytest.mark.parametrize("verb", [lambda rt, opt: rt.step(opt), lambda rt, opt: rt.clip_gradients(opt, max_norm=1.0)])
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_gradients_that_nobody_has_scaled_are_refused(verb, rounds):
+    rt = runtime(init_scale=1024.0)
+    p, opt = parameter()
+    for _ in range(rounds):
+        round_(rt, p, opt)
+    opt.zero_grad()
+    p.sum().backward()
+    before = p.item()
+    with pytest.raises(ConfigurationError, match=r"no loss has been scaled.* Call runtime\.backward\(loss\) in place"):
+        verb(rt, opt)
+    assert (p.item(), p.grad.item()) == (before, 1.0)  # nothing has been changed
+    opt.zero_grad()
+    assert not round_(rt, p, opt).skipped
+
+
+def test_a_step_without_any_backward_is_refused():
+    _, opt = parameter()
+    with pytest.raises(ConfigurationError, match="no loss has been scaled yet"):
+        runtime().step(opt)
+    for mode in ("bf16-mixed", "32-true"):
+        assert not PrecisionRuntime(mode, "cpu").step(opt).skipped
+
+
+def test_what_a_scaler_of_torchs_has_scaled_may_step():
+    theirs = torch.amp.GradScaler("cpu", init_scale=8.0)
+    rt = PrecisionRuntime("16-mixed", "cpu", scaler=theirs)
+    p, opt = parameter()
+    for _ in range(2):
+        opt.zero_grad()
+        theirs.scale(p.sum()).backward()
+        rt.step(opt)
+    assert p.item() == -1.0
 
 
 def test_a_loss_in_float16_is_scaled_in_float32():
@@ -164,7 +200,7 @@ def test_float16_parameters_are_refused_with_what_to_do():
     rt = PrecisionRuntime("16-mixed", "cpu")
     p = nn.Parameter(torch.ones(1, dtype=torch.float16))
     opt = torch.optim.SGD([p], lr=1.0)
-    p.grad = torch.ones_like(p)
+    rt.backward(p.sum())
     with pytest.raises(ConfigurationError, match=r"1 of 1 parameters are float16.*setup\(model, optimizer\).*16-true"):
         rt.step(opt)
 
@@ -182,7 +218,9 @@ def test_sparse_and_empty_and_absent_gradients_are_handled():
 
 def test_a_round_without_any_gradient_is_no_overflow():
     _, opt = parameter()
-    assert not runtime().step(opt).skipped
+    rt = runtime()
+    rt.backward(torch.ones(1, requires_grad=True).sum())
+    assert not rt.step(opt).skipped
 
 
 def test_every_field_survives_the_state_dict():

@@ -22,6 +22,8 @@ class AdoptedScaler(DynamicScaler):
     processes decide together. Raises ``ConfigurationError`` for other subclasses.
     """
 
+    alone = False  # the source has the same scale, and its owner may have scaled the loss with it
+
     def __init__(self, source: torch.amp.GradScaler) -> None:
         if type(source) not in _PLAIN and not _is_sharded(source):
             raise ConfigurationError(

@@ -31,10 +31,11 @@ CLEAN = Inspection()
 
 
 class Scaler(ABC):
-    """What the runtime asks of a scaler. ``opened`` counts the backward passes begun."""
+    """What the runtime asks of a scaler. ``losses`` counts what it has scaled, ``alone`` says that nobody else does."""
 
     enabled: bool
-    opened: int = 0
+    alone: bool = True
+    losses: int = 0
 
     @property
     @abstractmethod
@@ -47,7 +48,7 @@ class Scaler(ABC):
 
     @abstractmethod
     def scaled(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss to run backward from."""
+        """The loss to run backward from, or a gradient as that would have been."""
 
     @abstractmethod
     def unscale(self, optimizer: Optimizer) -> Inspection:

@@ -78,7 +78,6 @@ class RoundScaler(Scaler):
 
         So they may accumulate over a change of the scale, and on top of gradients that were unscaled for clipping.
         """
-        self.opened += 1
         self._known.update(optimizers)
         self._settle(self._known)
 
@@ -95,22 +94,37 @@ class RoundScaler(Scaler):
         self._overflow = False
         self._culprits: tuple[str, ...] = ()
         self._unscaled: weakref.WeakKeyDictionary[Optimizer, Inspection] = weakref.WeakKeyDictionary()
-        self._spent: weakref.WeakKeyDictionary[Optimizer, Versions] = weakref.WeakKeyDictionary()
+        # With which gradients an optimizer has stepped, and how many losses had been scaled by then.
+        self._spent: weakref.WeakKeyDictionary[Optimizer, tuple[Versions, int]] = weakref.WeakKeyDictionary()
 
     def scaled(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss times the scale, in float32 at least: the first scale, 65536, is beyond float16's largest value."""
+        if self._spent or self._unscaled:  # nobody has called open(): a backward pass, or a gradient, of the user's own
+            self._settle(self._known)
+        self.losses += 1
         return (loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss) * self._now.scale
 
     def unscale(self, optimizer: Optimizer) -> Inspection:
-        """See ``Scaler.unscale``. Raises ``ConfigurationError`` for gradients that a step has used already."""
+        """See ``Scaler.unscale``.
+
+        Raises ``ConfigurationError`` for gradients that a step has used already, or that nobody can have scaled.
+        """
         parameters = parameters_of(optimizer)
-        if optimizer in self._spent:
-            if self._spent[optimizer] == versions(parameters):
-                raise ConfigurationError(
-                    f"{type(optimizer).__name__} has stepped with these gradients already, and has divided them by the "
-                    "scale: call backward() before each step"
-                )
-            self._settle(self._known - {optimizer})  # new gradients, written without backward(): a round of their own
+        spent, losses = self._spent.get(optimizer, (None, 0))
+        if spent is not None and spent == versions(parameters):
+            raise ConfigurationError(
+                f"{type(optimizer).__name__} has stepped with these gradients already, and has divided them by the "
+                "scale: call backward() before each step"
+            )
+        if self.alone and self.losses == losses:
+            raise ConfigurationError(
+                f"{type(optimizer).__name__} is to step, and no loss has been scaled "
+                f"{'since its last step' if losses else 'yet'}: its gradients would be divided by a scale, "
+                f"{self.scale:g}, that nobody multiplied them by. Call runtime.backward(loss) in place of "
+                "loss.backward(); gradients that are set by hand take p.grad = runtime.scaler.scaled(gradient)"
+            )
+        if spent is not None:
+            self._settle(self._known - {optimizer})  # new gradients, without open(): a round of their own
         if optimizer not in self._unscaled:
             self._known.add(optimizer)
             refuse_half(parameters)
@@ -125,7 +139,7 @@ class RoundScaler(Scaler):
 
         Raises ``StalledError`` where that was asked for.
         """
-        self._spent[optimizer] = versions(parameters_of(optimizer))
+        self._spent[optimizer] = versions(parameters_of(optimizer)), self.losses
         self._overflow |= bool(self._unscaled.get(optimizer))
         self._culprits = tuple(dict.fromkeys((*self._culprits, *culprits)))
         counted = self._next is not self._now  # another optimizer of this round has told already
@@ -164,8 +178,9 @@ class RoundScaler(Scaler):
         return {**{name: getattr(self, name) for name in self.settings}, **self._next.to_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Settings and state as saved; an open round is forgotten."""
+        """Settings and state as saved; an open round is forgotten, and gradients that wait in it."""
         check_keys(state, (*self.settings, *STATE_KEYS))
         for name in self.settings:
             setattr(self, name, state[name])
+        self.losses = 0
         self._reset(ScaleState.from_dict(dict(state)))
