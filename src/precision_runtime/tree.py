@@ -38,11 +38,12 @@ def _leaves(value: Any, path: str, objects: bool, seen: set[int]) -> Iterator[tu
     if id(value) in seen:
         return
     seen.add(id(value))
-    for step, child in _children(value, objects):
+    for step, child in children(value, objects):
         yield from _leaves(child, path + step, objects, seen)
 
 
-def _children(value: Any, objects: bool) -> list[tuple[str, Any]]:
+def children(value: Any, objects: bool) -> list[tuple[str, Any]]:
+    """What a container (with ``objects``, any object) holds, each with its step in Python; nothing for what is none."""
     if isinstance(value, Mapping):
         return [(f"[{k!r}]", v) for k, v in value.items()]
     if isinstance(value, tuple) and hasattr(value, "_fields"):

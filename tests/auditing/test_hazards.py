@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from precision_runtime import audit
-from precision_runtime.errors import AuditError
+from precision_runtime.errors import AuditError, ConfigurationError
 
 TRUE = ("16-true", "bf16-true")
 
@@ -232,10 +232,11 @@ def test_empty_tensors_go_through(shape: tuple[int, ...]) -> None:
     assert report.ok, report
 
 
-def test_an_empty_tuple_and_no_tensor_at_all_come_out() -> None:
-    assert audit(lambda x: (), torch.randn(3), mode="16-true").ok
-    assert audit(lambda x: None, torch.randn(3), mode="16-true").ok
+def test_whole_numbers_are_results_and_nothing_is_none() -> None:
     assert audit(lambda: torch.arange(3), mode="16-true").ok
+    for nothing in ((), None, {1, 2}):
+        with pytest.raises(ConfigurationError, match="nothing to judge: <lambda> gave"):
+            audit(lambda x, nothing=nothing: nothing, torch.randn(3), mode="16-true")
 
 
 def test_a_nan_in_the_reference_is_none_of_the_modes_fault() -> None:

@@ -6,27 +6,33 @@ from typing import Any
 
 from precision_runtime.asked import budget_of
 from precision_runtime.auditing.excess import pair
+from precision_runtime.auditing.results import results
 from precision_runtime.errors import ConfigurationError
 from precision_runtime.modes import parse_mode
 from precision_runtime.record import Finding, Report, lost_bits
-from precision_runtime.tree import leaves
 
 
 def compare(
     actual: Any, reference: Any, *, mode: object, accelerator: str = "cpu", budget: float = 2.0, name: str = "compare"
 ) -> Report:
-    """Judge ``actual`` (tensors in any nesting) against ``reference`` of the same structure and shapes.
+    """Judge ``actual`` (tensors, numbers and arrays, in any nesting) against ``reference``, which is built alike.
 
     Only one rounding of each result is granted, for nothing is known of the computation: use ``audit`` where the code
-    itself can be run. Raises ``ConfigurationError`` where structures or shapes differ.
+    itself can be run. Integers and bools have to be equal. Raises ``ConfigurationError`` where structures or shapes
+    differ, and where there is nothing to compare.
     """
     budget = budget_of(budget)
     parsed = parse_mode(mode, "compare(mode=...)")
-    ours, theirs = list(leaves(actual)), list(leaves(reference))
+    ours, theirs = results(actual), results(reference)
     if [p for p, _ in ours] != [p for p, _ in theirs]:
         raise ConfigurationError(
             f"compare() got tensors at {[p or 'the top' for p, _ in ours]} and references at "
             f"{[p or 'the top' for p, _ in theirs]}; both need the same structure"
+        )
+    if not ours:
+        raise ConfigurationError(
+            f"compare() got a {type(actual).__name__} and a {type(reference).__name__}, in which it finds nothing to "
+            "compare: tensors, numbers and arrays, in any nesting"
         )
     findings = []
     worst = 0.0
@@ -34,7 +40,7 @@ def compare(
         made = pair(f"actual{path}", a, r, parsed.format.unit_roundoff, parsed.format.smallest_subnormal)
         if isinstance(made, str):
             raise ConfigurationError(f"compare() cannot judge: {made}")
-        judged = made.judge()
+        judged = made.exactly() if made.decision else made.judge()
         worst = max(worst, judged.score)
         if judged.score > 2.0**budget:
             note = judged.note or (

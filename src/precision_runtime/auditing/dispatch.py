@@ -20,6 +20,7 @@ from precision_runtime.auditing.masking import MASKED, Masking
 from precision_runtime.auditing.noise import Noise, is_count
 from precision_runtime.auditing.provenance import Provenance
 from precision_runtime.auditing.randomness import Draw, draw_of
+from precision_runtime.auditing.roundings import Roundings
 from precision_runtime.auditing.snapshots import Snapshots
 from precision_runtime.auditing.unseen import made_of_others, traced
 from precision_runtime.auditing.writes import Places, places_written
@@ -236,7 +237,7 @@ class LowWatch(OwnMode):
     ``frames`` holds what the ops did in each open module call, innermost last; ``frames[0]`` is the whole run.
     ``products`` holds the dtypes that matrix products and convolutions ran in, ``defects`` the known backend defects
     that were met; those are computed rightly instead, so that they hide nothing else. ``snapshots`` are told what the
-    ops write to, and ``provenance``, where there is one, what they make of what.
+    ops write to, and ``provenance`` and ``roundings``, where there are any, what they make of what.
     """
 
     @classmethod
@@ -247,6 +248,7 @@ class LowWatch(OwnMode):
     def __init__(self, low: torch.dtype, masking: Masking | None = None, copying: bool = False) -> None:
         super().__init__()
         self.provenance: Provenance | None = None
+        self.roundings: Roundings | None = None
         self._low, self._masking = low, masking or Masking(FORMATS["float64"])
         self.products: set[torch.dtype] = set()
         self.frames: list[Trace] = [Trace()]
@@ -289,6 +291,8 @@ class LowWatch(OwnMode):
             result = self._repair(defect, func, args, kwargs, result)
         if self.provenance is not None:
             self.provenance.note(func, args, kwargs, result)
+        if self.roundings is not None:
+            self.roundings.note(func, args, kwargs, result)
         first = result if isinstance(result, torch.Tensor) else _first_tensor(result)
         if first is not None and first.is_floating_point():
             trace = self.frames[-1]

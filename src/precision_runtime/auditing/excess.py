@@ -327,6 +327,21 @@ class Pair:
             f"{flips} of {n} elements are infinite here or there only, where perturbed FP64 runs move {mean:.1f}",
         )  # fmt: skip
 
+    def exactly(self) -> Judgement:
+        """The judgement where decisions have to be those of the reference."""
+        if not self.flips:
+            return Judgement(self.tensor, decision=True)
+        note = f"{self.flips} of {self.reference.numel()} values differ from the reference, and they have to be equal"
+        return Judgement(self.tensor, math.inf, 0.0, None, self._flip(), 1.0, 1.0, note, decision=True)
+
+    def _flip(self) -> Worst:
+        """The first decision that fell otherwise, and the share of those that did."""
+        where = int((self.observed != self.reference).to(torch.int8).argmax())
+        return Worst(
+            self.tensor, _unravel(where, self.shape), float(self.observed[where]), float(self.reference[where]),
+            0.0, self.flips / max(1, self.reference.numel()),
+        )  # fmt: skip
+
     def _decision(self, samples: Sequence[torch.Tensor]) -> Judgement:
         n = max(1, self.reference.numel())
         if not samples:
@@ -334,13 +349,7 @@ class Pair:
             return Judgement(self.tensor, score, 0.0, None, None, self.flips / n, 1.0, decision=True, bound=True)
         mean = sum(int((s != self.reference).sum()) for s in samples) / len(samples)
         expected = mean + 3.0 * math.sqrt(mean) + FREE_FLIPS
-        worst = None
-        if self.flips:
-            where = int((self.observed != self.reference).to(torch.int8).argmax())
-            worst = Worst(
-                self.tensor, _unravel(where, self.shape), float(self.observed[where]), float(self.reference[where]),
-                0.0, self.flips / n,
-            )  # fmt: skip
+        worst = self._flip() if self.flips else None
         return Judgement(
             self.tensor, self.flips / expected, 0.0, None, worst, self.flips / n, 1.0,
             f"{self.flips} of {n} decisions differ where perturbed FP64 runs flip {mean:.1f}",

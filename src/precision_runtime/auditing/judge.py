@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from precision_runtime.auditing.borders import Borders
 from precision_runtime.auditing.calls import anchored, covers, is_wrapper, match
 from precision_runtime.auditing.excess import Judgement, Pair
 from precision_runtime.auditing.failing import first_line
+from precision_runtime.auditing.noise import SINGLE
 from precision_runtime.auditing.recorder import Call
 from precision_runtime.auditing.references import Sample
 from precision_runtime.auditing.replays import Replays, Yardstick
@@ -48,6 +49,9 @@ AMPLIFICATION = 24.0
 # move the result by a fourth of AMPLIFICATION. Healthy mixtures of experts: 2.3 to 3.0; a Gaussian process: 17.
 NARROW = 1 / 256
 NARROW_SAMPLES = 4
+# An island in FP32 has to help. Where runs disturbed as FP32 rounds move the result by more than this share of the
+# error, nearly all digits are lost in FP32, too: such a function is chaotic, and that is its nature.
+HELPLESS = 1 / 16
 # The result of a norm is no operand. Its rounding is granted, because it is the same for a whole row and nothing
 # averages it out; but a formula that turns it into more than AMPLIFICATION roundings of its own result is unstable by
 # definition: the function is not as steep as that in what it was given.
@@ -77,6 +81,7 @@ class Judge:
     ) -> None:  # fmt: skip
         self.worlds, self.low, self.yardstick = worlds, low, yardstick
         self.verdicts: list[Verdict] = []
+        self.doubtful = False  # whether a result moves so much that the code may not do twice what it did once
         self.remarks: dict[tuple[str, str], str] = {}
         self.replays = Replays(worlds, low, yardstick, uses)
         self._flipped: set[int] = set()  # calls, by id, with a decision that fell otherwise than in FP64
@@ -302,14 +307,27 @@ class Judge:
         steep = {site: value for site, value in steep.items() if value > AMPLIFICATION * share}
         if not steep:
             return 0.0
-        narrow = [sample(n, NARROW) for n in range(NARROW_SAMPLES)]
-        for site in list(steep):
+        self.doubtful = True
+        for site, moves in self._moves(sheet, steep, sample, NARROW):
             entry = sheet.pairs[site]
-            moves = sorted(entry.spread([v]) for v in values(narrow, site, entry)) or [0.0]
-            least = AMPLIFICATION / 4.0 * share * NARROW * entry.u * entry.rms_reference
-            if moves[len(moves) // 2] < least:
+            if moves < AMPLIFICATION / 4.0 * share * NARROW * entry.u * entry.rms_reference:
                 del steep[site]
+        if self.yardstick.mixed:
+            for site, moves in self._moves(sheet, steep, sample, SINGLE / self.yardstick.u):
+                if moves > HELPLESS * judged[site].error:
+                    del steep[site]
         return max(steep.values(), default=0.0)
+
+    @staticmethod
+    def _moves(sheet: Sheet, sites: Iterable[Site], sample: Sampler, width: float) -> list[tuple[Site, float]]:
+        """How far runs disturbed by ``width`` u move each result, in the median."""
+        out: list[tuple[Site, float]] = []
+        for site in list(sites):
+            entry = sheet.pairs[site]
+            runs = [sample(n, width) for n in range(NARROW_SAMPLES)]
+            moves = sorted(entry.spread([v]) for v in values(runs, site, entry)) or [0.0]
+            out.append((site, moves[len(moves) // 2]))
+        return out
 
     def _without_norms(self, verdict: Verdict, sheet: Sheet, sample: Sampler) -> None:
         """Fail a steep call whose error only the disturbed results of norms inside it explain."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ _PERIOD = 1_048_583
 
 # Unit roundoffs from here on are half formats' (float16: 2^-11), also when disturbed by less.
 _HALF = 2.0**-20
+
+SINGLE = FORMATS["float32"].unit_roundoff
 
 # Beside a tensor whose largest value costs this many steps, half a step is nothing.
 _FINE = 64.0
@@ -137,9 +139,9 @@ class Noise:
             return t + (moved.view(t.shape) * signs.to(moved.device)).to(t.dtype) * self.width
 
     def _disturbed(self, t: torch.Tensor, u: float, step: float) -> torch.Tensor:
-        if not (t.is_floating_point() or t.is_complex()) or t.numel() == 0 or t.layout is not torch.strided:
-            return t
         if t.is_nested:
+            return _by_parts(t, lambda part: self._disturbed(part, u, step))
+        if not (t.is_floating_point() or t.is_complex()) or t.numel() == 0 or t.layout is not torch.strided:
             return t
         with torch._C._DisableTorchDispatch():  # the audit's own draws are none of the judged code's
             start = int(torch.randint(_PERIOD, (), generator=self._generator))
@@ -153,9 +155,23 @@ class Noise:
                 disturbed = torch.where(disturbed.isfinite(), disturbed, t)
         return disturbed
 
-    def inputs(self, value: Any, exact: Exact) -> Any:
-        """Disturb inputs: all but those that the mode does not round (``exact``) and counts (``EXACT_INTEGERS``)."""
-        return map_tensors(lambda t: t if is_count(t) or exact.holds(t) else self.result(t), value)
+    def inputs(self, value: Any, exact: Exact, spared: Collection[str] = ()) -> Any:
+        """Disturb inputs: all but those that the mode holds (``exact``) and counts (``EXACT_INTEGERS``).
+
+        Those at the paths ``spared`` stay in float32 in the mode, and cost what float32 rounds.
+        """
+        single = {id(t) for path, t in leaves(value, objects=False) if path in spared} if spared else set()
+
+        def disturb(t: torch.Tensor) -> torch.Tensor:
+            if is_count(t) or exact.holds(t):
+                return t
+            return self.single(t) if id(t) in single else self.result(t)
+
+        return map_tensors(disturb, value)
+
+    def single(self, t: torch.Tensor) -> torch.Tensor:
+        """Disturb what the mode keeps in float32 by what that rounds, however narrow the rest; flags stay."""
+        return t if is_flag(t) else self._disturbed(t, max(1.0, self.width) * SINGLE, 0.0)
 
     def result(self, t: torch.Tensor) -> torch.Tensor:
         """Disturb what a module gave, or is given: as ``rounded``, but a tensor of flags stays what it is.
@@ -180,7 +196,7 @@ class Noise:
 
 
 class Exact:
-    """The whole function's inputs that the mode's dtype holds exactly: casting them costs nothing, nothing is excused.
+    """The whole function's inputs that ``dtype`` holds exactly: casting them costs nothing, and nothing is excused.
 
     A module that is handed such an input unchanged is treated alike. Results of other modules are never exact: their
     values have been rounded already, and their operands' rounding is what the intrinsic error stands for.
@@ -202,6 +218,14 @@ class Exact:
         return any(t.shape == e.shape and t.dtype == e.dtype and torch.equal(t, e) for e in self._tensors)
 
 
+def _by_parts(t: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """A nested tensor with ``function`` applied to its values."""
+    if t.layout is torch.jagged:
+        jagged: Any = t  # torch's stubs do not know its parts
+        return torch.nested.nested_tensor_from_jagged(function(t.values()), jagged.offsets(), jagged.lengths())
+    return torch.nested.as_nested_tensor([function(part) for part in t.unbind()])
+
+
 def largest(t: torch.Tensor) -> float:
     """The largest magnitude of a real tensor, 0 of an empty one, without a copy of it."""
     if t.numel() == 0:
@@ -212,7 +236,7 @@ def largest(t: torch.Tensor) -> float:
 
 def is_count(t: torch.Tensor) -> bool:
     """Whether a floating tensor holds whole numbers beyond the range where half formats are exact."""
-    if not t.is_floating_point() or t.numel() == 0:
+    if not t.is_floating_point() or t.is_nested or t.numel() == 0:
         return False
     return largest(t.detach()) > EXACT_INTEGERS and bool((t == t.round()).all())
 

@@ -41,6 +41,9 @@ MANY = 16
 MODEL = 8
 # Ops that amplify what the cause lost, tried one after the other: x - mean(x) amplifies, too, and is right.
 AMPLIFIERS = 4
+# A quotient of differences (of a network, by a small step) has as many products in it as there are values to compare,
+# and yet it is one formula. Models that are steep as a whole have no difference in them that is steep (measured).
+_DIFFERENCES = frozenset(("aten::sub", "aten::add", "aten::rsub"))
 _CASTS = frozenset(
     f"aten::{n}" for n in ("_to_copy", "to", "arange", "full", "scalar_tensor", "linspace", "lift_fresh_copy")
 )
@@ -175,13 +178,17 @@ class _Search:
             )
             proof = f"the proof fails: with {who} alone in FP64 the loss goes {fell}; {why}"
         explained = proven and 2.0 * self.without(candidate) <= self.before  # what falls from 26 to 23 is elsewhere
-        spread = self._spread(sites if explained else None)
+        spread = self._spread(sites if explained else None) and not (explained and self._differs(event))
         return Blame(public_name(op), event.step.site.line, candidate.kind, candidate.did, proof, proven, spread)
 
     def _spread(self, sites: tuple[Site, ...] | None) -> bool:
         """Whether these sites (None: there are none that explain the failure) are most of a model's work."""
         products = [e.step.site in (sites or ()) for e in self.events.values() if e.step.name in PRODUCTS]
         return len(products) > MODEL and (sites is None or 2 * sum(products) > len(products))
+
+    def _differs(self, event: Event) -> bool:
+        """Whether the op is a difference that alone amplifies so much: it is the formula, however much feeds it."""
+        return event.step.name in _DIFFERENCES and self._amplification(event) > self.scene.line
 
     # -- by effect --------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from precision_runtime.auditing.generators import own
+
 aten = torch.ops.aten
 
 Draw = Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]
@@ -92,19 +94,23 @@ def draw_of(func: Any) -> Draw | None:
 
 @dataclass(frozen=True)
 class RandomState:
-    """torch's, Python's and (where loaded) numpy's generators at one moment."""
+    """torch's, Python's and (where loaded) numpy's generators at one moment, and the audited code's own."""
 
     torch_cpu: torch.Tensor
     torch_cuda: torch.Tensor | None
     python: Any
     numpy: Any
+    own: list[Any]  # of the code's own generators
 
     @classmethod
     def capture(cls) -> RandomState:
         """The state now: torch's generator of the CPU and of the present CUDA device, Python's and numpy's."""
         np = sys.modules.get("numpy")
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-        return cls(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state() if np is not None else None)
+        numpy = np.random.get_state() if np is not None else None
+        generators = own()
+        states = generators.states() if generators is not None else []
+        return cls(torch.get_rng_state(), cuda, random.getstate(), numpy, states)
 
     def restore(self) -> None:
         """Put every generator back."""
@@ -115,6 +121,9 @@ class RandomState:
         np = sys.modules.get("numpy")
         if np is not None and self.numpy is not None:
             np.random.set_state(self.numpy)
+        generators = own()
+        if generators is not None and self.own:
+            generators.put(self.own)
 
 
 @contextmanager
@@ -131,12 +140,15 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def reseed(seed: int) -> None:
-    """Seed torch, Python and (where loaded) numpy."""
+    """Seed torch, Python and (where loaded) numpy; generators of the audited code's own start as they started."""
     torch.manual_seed(seed)
     random.seed(seed)
     np = sys.modules.get("numpy")
     if np is not None:
         np.random.seed(seed % 2**32)
+    generators = own()
+    if generators is not None:
+        generators.rewind()
 
 
 def _wide(value: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from precision_runtime.auditing.hooks import on_gradient
 from precision_runtime.auditing.noise import Noise
 from precision_runtime.auditing.provenance import Provenance
 from precision_runtime.auditing.randomness import RandomState
+from precision_runtime.auditing.roundings import Roundings
 from precision_runtime.auditing.screened import Screened
 from precision_runtime.auditing.snapshots import Snapshots
 from precision_runtime.auditing.unseen import transformed, unseen
@@ -44,6 +46,9 @@ class Call:
     moved: dict[str, torch.Tensor] = field(default_factory=dict)  # how far the layer's own rounding moved its operands
     anchors: list[torch.Tensor] | None = None  # the inputs, where none of them is floating
     tables: frozenset[str] = frozenset()  # paths of the results that are made of constants only
+    takes: dict[str, int] = field(default_factory=dict)  # the inputs that ``Roundings`` follows, by its numbers
+    gives: dict[str, int] = field(default_factory=dict)  # the results that it follows
+    until: int = 0  # how many ops it had seen when the call was over
     screened: Screened | None = None  # what an FP64 run found of it as it went, where that is all that is kept
     end: int = -1  # order in which calls ended; -1 while open, or when the call raised
 
@@ -82,6 +87,7 @@ class Recorder:
     ``frames`` is the stack of a ``LowWatch``, which notes there what the ops of the open call do.
     ``exchange`` is asked at each border; then gradients are not kept, and results only where it says so.
     ``provenance`` says which results are tables; where a twin's is one, ``perturb`` leaves it as it is.
+    ``roundings`` follows what calls are given and give; with ``perturb`` it says what is spared as far as ``until``.
     ``snapshots`` are those of the dispatch mode that the run is under; without them all that is kept is copied.
     Layers that round the operands of their products to a grid of their own (``operands``) are listened to with
     ``inputs``; with ``perturb`` the operands are moved as far in either direction, as the ``twins`` say.
@@ -93,7 +99,10 @@ class Recorder:
         frames: list[Trace] | None = None, alike: frozenset[str] = frozenset(),
         marks: list[Iterator[bool]] | None = None, twins: Sequence[Call] = (), scale: float = 1.0,
         exchange: Exchange | None = None, snapshots: Snapshots | None = None, provenance: Provenance | None = None,
+        roundings: Roundings | None = None, until: float = math.inf,
     ) -> None:  # fmt: skip
+        self.roundings, self._until = roundings, until
+        self.takes: dict[str, int] = {}  # what the whole function was given, as ``roundings`` knows it
         self._provenance = provenance
         self.snapshots = snapshots or Snapshots(copying=True)
         self._exchange = exchange
@@ -165,6 +174,13 @@ class Recorder:
         self.active = False
         if self._provenance is not None:
             self._provenance.close()
+        if self.roundings is not None:
+            self.roundings.close()
+
+    def given(self, args: Any, kwargs: Any) -> None:
+        """What the whole function is about to be given."""
+        if self.roundings is not None and self.perturb is None:
+            self.takes = self.roundings.admit(leaves((args, kwargs), objects=False))
 
     @property
     def innermost(self) -> Call | None:
@@ -204,6 +220,8 @@ class Recorder:
         given = [t for _, t in leaves((args, kwargs))]
         if not any(t.is_floating_point() or t.is_complex() for t in given):
             call.anchors = [t.detach().clone() for t in given]
+        if self.roundings is not None and self.perturb is None:
+            call.takes = self.roundings.admit(leaves((args, kwargs), objects=False))
         if self.inputs:
             call.args, call.kwargs = map_tensors(self.keep, (args, kwargs))
             call.rng = RandomState.capture()
@@ -229,7 +247,7 @@ class Recorder:
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not self.active:
             if self.perturb is not None and self._names[id(module)] in self.alike:
-                return self._disturbed(module, output)
+                return self._disturbed(module, output, None)
             return None
         if not any(call.module is module for call in self._open):
             return None
@@ -248,11 +266,14 @@ class Recorder:
         if self._provenance is not None:
             tables = (path for path, t in leaves(output, objects=False) if self._provenance.is_table(t))
             call.tables = frozenset(tables)
+        if self.roundings is not None and self.perturb is None:
+            call.until = self.roundings.now
+            call.gives = self.roundings.admit(leaves(output, objects=False))
         if self.perturb is not None and not (call.parent is None and module is self.skip):
             if call.anchors is not None:
                 call.outputs = self._results(call, output)
             twin = self._twin(call)
-            output = self._disturbed(module, output, twin.tables if twin is not None else frozenset())
+            output = self._disturbed(module, output, twin)
             changed = True
         elif self._exchange is not None:
             if self._exchange.keeps(call):
@@ -301,16 +322,18 @@ class Recorder:
         plain = {id(t) for _, t in leaves(given, objects=False)}
         return any(t.grad_fn is not None for _, t in leaves(given) if id(t) not in plain)
 
-    def _disturbed(self, module: nn.Module, output: Any, tables: frozenset[str] = frozenset()) -> Any:
+    def _disturbed(self, module: nn.Module, output: Any, twin: Call | None) -> Any:
         assert self.perturb is not None
         name = self._names[id(module)]
         noise = self.perturb.fixed(name) if name in self.alike else self.perturb
-        constant = {id(t) for path, t in leaves(output, objects=False) if path in tables} if tables else set()
+        constant, spared = _by_id(output, twin.tables if twin is not None else frozenset()), set[int]()
+        if twin is not None and self.roundings is not None:
+            spared = _by_id(output, self.roundings.spared(twin.gives, self._until))
 
         def disturb(t: torch.Tensor) -> torch.Tensor:
             if id(t) in constant:
                 return t
-            new = noise.result(t)
+            new = noise.single(t) if id(t) in spared else noise.result(t)
             if new is not t and new.requires_grad:
                 on_gradient(new, noise)
             return new
@@ -346,3 +369,7 @@ class Recorder:
             return own
 
         return map_tensors(view, value, objects=False)
+
+
+def _by_id(value: Any, paths: Collection[str]) -> set[int]:
+    return {id(t) for path, t in leaves(value, objects=False) if path in paths} if paths else set()

@@ -121,11 +121,13 @@ class Replays:
         ):
             assert call.rng is not None
             call.rng.restore()
-            args, kwargs = noise.inputs(widen_tree((call.args, call.kwargs)), self.yardstick.exact)
+            spared = self.low.spared(call)
+            args, kwargs = noise.inputs(widen_tree((call.args, call.kwargs)), self.yardstick.exact, spared)
             parts = self._parts(call)
             recorder = Recorder(
                 parts, self.worlds, outputs=False, perturb=noise, skip=call.module, alike=self.yardstick.alike,
                 marks=mode.marks, twins=call.subtree(), scale=self.low.scale,
+                roundings=self.low.roundings, until=call.until,
             )  # fmt: skip
             with noisy_states(parts.values(), noise):
                 run = execute(

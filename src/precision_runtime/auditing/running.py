@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from precision_runtime import forwarding
 from precision_runtime.auditing.calls import moved_weights
@@ -22,11 +23,13 @@ from precision_runtime.auditing.randomness import reseed
 from precision_runtime.auditing.recorder import Call, Exchange, Recorder
 from precision_runtime.auditing.recurrent import noisy_states
 from precision_runtime.auditing.references import References
+from precision_runtime.auditing.roundings import Roundings
 from precision_runtime.auditing.runs import Run, execute, loss_gradient
 from precision_runtime.auditing.storage import watching
 from precision_runtime.auditing.uses import Uses
 from precision_runtime.auditing.worlds import Worlds, clone, widen_tree
 from precision_runtime.casting import TO, cast_module, cast_tree
+from precision_runtime.errors import ConfigurationError
 from precision_runtime.formats import FORMATS
 from precision_runtime.islands import keep
 from precision_runtime.modes import Mode
@@ -56,6 +59,8 @@ class Runs:
     _alike: frozenset[str]
     _calls: list[Call]
     _scale: float
+    _roundings: Roundings | None
+    _spared: frozenset[str]  # the function's inputs that the mode leaves in float32
     _exact: Exact
 
     def __init__(
@@ -70,6 +75,13 @@ class Runs:
         self.originals, self.references, self.name = originals, references, name
         self.limit = 2.0**budget
         self.roots = find_modules(function, args, kwargs)
+        for root in self.roots.values():
+            lazy = [n for n, t in (*root.named_parameters(), *root.named_buffers()) if is_lazy(t)]
+            if lazy:
+                raise ConfigurationError(
+                    f"{name} cannot be judged yet: {lazy[0]!r} is a parameter of a lazy module, which gets its shape "
+                    "from the first batch. Run the model once before"
+                )
         if strategy.device.type != "cpu":
             self.args, self.kwargs = map_tensors(lambda t: t.to(strategy.device), (args, kwargs))
         self.remarks: list[Remark] = []
@@ -78,7 +90,14 @@ class Runs:
         self._products = FORMATS[mode.products].unit_roundoff if mode.family == "tf32" else 0.0
 
     def _convert(self, root: nn.Module) -> None:
-        if any(forwarding.is_set_up(m) for m in root.modules()):
+        found = {forwarding.strategy_of(m).mode.name for m in root.modules() if forwarding.is_set_up(m)}
+        if found - {self.mode.name}:
+            raise ConfigurationError(
+                f"{self.name} cannot be judged in {self.mode}: {type(root).__name__} is set up in "
+                f"{' and '.join(sorted(found))} already, and what a cast has lost does not come back. Judge it in that "
+                "mode, or pass a fresh model"
+            )
+        if found:
             return
         keep(root, self.strategy, partly=len(self.roots) > 1)
         root._apply(lambda t: t.to(self.strategy.device))
@@ -111,9 +130,10 @@ class Runs:
             args, kwargs = cast_tree(clone((self.args, self.kwargs)), TO[getattr(torch, self.mode.params)])
             # In a full mode a table in the mode's own dtype is an operand, and every parameter is rounded to it.
             provenance = self._watch.provenance = worlds.provenance() if self.mode.low else None
+            roundings = self._watch.roundings = Roundings(list(worlds.names.values())) if self.mode.autocast else None
             recorder = Recorder(
                 worlds.names, worlds, inputs=True, gradients=self.gradients, frames=self._watch.frames,
-                snapshots=self._watch.snapshots, provenance=provenance,
+                snapshots=self._watch.snapshots, provenance=provenance, roundings=roundings,
             )  # fmt: skip
             run = execute(
                 self.function, args, kwargs, recorder,
@@ -143,13 +163,14 @@ class Runs:
         ):
             reseed(self.seed)
             inputs = widen_tree((self.args, self.kwargs))
-            args, kwargs = noise.inputs(inputs, self._exact) if noise else inputs
+            args, kwargs = noise.inputs(inputs, self._exact, self._spared) if noise else inputs
             skip = self.function if isinstance(self.function, nn.Module) else None
             recorder = Recorder(
                 worlds.names, worlds, outputs=noise is None, gradients=self.gradients and noise is None,
                 perturb=noise, skip=skip, alike=self._alike,
                 marks=mode.marks if noise else None, twins=self._calls if noise else (), scale=self._scale,
                 exchange=exchange, snapshots=mode.snapshots,
+                roundings=self._roundings if noise else None,
             )  # fmt: skip
             seen: Uses | None = None
             if uses and noise is None and self.gradients:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from precision_runtime.auditing.graph import gradients
 from precision_runtime.auditing.recorder import Call, Recorder
+from precision_runtime.auditing.results import drained, flat, results
+from precision_runtime.auditing.roundings import Roundings
 from precision_runtime.tree import leaves, map_tensors
 
 Gradients = Sequence["torch.Tensor | None"]
@@ -24,6 +28,7 @@ class Run:
     """The results of one execution. Gradients are those of the loss, unscaled by whoever reads ``scale``."""
 
     outputs: list[tuple[str, torch.Tensor]]
+    gave: str = ""  # the type of the result
     calls: list[Call] = field(default_factory=list)
     input_grads: dict[str, torch.Tensor] = field(default_factory=dict)
     parameter_grads: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -32,7 +37,23 @@ class Run:
     recomputed: frozenset[str] = frozenset()  # modules that ran again during backward
     leaky: frozenset[str] = frozenset()  # modules whose earlier calls get a gradient through a cache
     uses: dict[int, set[tuple[str, int] | None]] = field(default_factory=dict)  # calls by the parameter that they read
+    roundings: Roundings | None = None  # what autocast has rounded of what calls are given and give
+    takes: dict[str, int] = field(default_factory=dict)  # what the function is given, by the numbers it has there
     second_order: bool = False  # the code differentiates by itself: borders see gradients of two orders
+
+    def spared(self, call: Call | None = None) -> frozenset[str]:
+        """The paths of the inputs, of a call or of the whole function, that the mode has left in float32."""
+        if self.roundings is None:
+            return frozenset()
+        takes, until = (self.takes, self.roundings.now) if call is None else (call.takes, call.until)
+        return self.roundings.spared(takes, until)
+
+    def left(self) -> tuple[tuple[str, int, frozenset[str]], ...]:
+        """By call, the paths of the results that the mode has left in float32, where there are any."""
+        if self.roundings is None:
+            return ()
+        found = ((c.name, c.index, self.roundings.spared(c.gives, math.inf)) for c in self.calls)
+        return tuple(entry for entry in found if entry[2])
 
 
 def execute(
@@ -61,7 +82,9 @@ def execute(
 
     def leaf(t: torch.Tensor) -> torch.Tensor:
         new = t.detach().clone()
-        if cotangent is None or id(t) not in paths or not (t.is_floating_point() or t.is_complex()):
+        # FP8 has no arithmetic, so there are no gradients in it.
+        differentiable = (t.is_floating_point() and t.itemsize > 1) or t.is_complex()
+        if cotangent is None or id(t) not in paths or not differentiable:
             return new
         new.requires_grad_(True)
         sources.append((paths[id(t)], new))
@@ -70,16 +93,28 @@ def execute(
     grad = graph or cotangent is not None or recorder.worlds.grad
     with torch.set_grad_enabled(grad):
         args, kwargs = map_tensors(leaf, (tuple(args), dict(kwargs)))
+    recorder.given(args, kwargs)
     try:
         with recorder:
-            with torch.set_grad_enabled(grad), forward_context():
-                result = function(*args, **kwargs)
+            with torch.set_grad_enabled(grad), _quiet(grad), forward_context():
+                result = drained(function(*args, **kwargs))
             recorder.rest()
             with backward_context():
-                run = Run([], recorder.calls)
+                run = Run([], type(result).__name__, recorder.calls, roundings=recorder.roundings, takes=recorder.takes)
                 return differentiate(run, result, sources, recorder, cotangent, parameters, scales)
     finally:
         recorder.rest()
+
+
+@contextlib.contextmanager
+def _quiet(grad: bool) -> Iterator[None]:
+    """Checkpoints warn where nothing requires a gradient: without ``grad`` that is the audit's own doing."""
+    if grad:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
+        yield
 
 
 def differentiate(
@@ -87,15 +122,15 @@ def differentiate(
     parameters: Iterable[nn.Parameter], scales: Sequence[float],
 ) -> Run:  # fmt: skip
     """Complete ``run`` with the results' values and, where ``cotangent`` is given, with gradients."""
-    outputs = list(leaves(result))
+    outputs = results(result)
     run.outputs = [(path, recorder.keep(t)) for path, t in outputs]
     if cotangent is None:
         return run
     # What a cache object holds is no result that a loss is made of; and a replay could not see a gradient that comes in
     # through one.
-    results = {path for path, _ in leaves(result, objects=False)}
+    direct = {path for path, _ in leaves(result, objects=False)}
     incoming = [
-        (t, c) for path, t in outputs if t.requires_grad and path in results
+        (t, c) for path, t in outputs if t.requires_grad and path in direct
         for c in (cotangent(path, t),) if c is not None
     ]  # fmt: skip
     wanted = list({id(p): p for p in parameters if p.requires_grad}.values())
@@ -107,12 +142,8 @@ def differentiate(
     lost: dict[float, int] = {}  # by scale, how many gradients are not finite
 
     def backward(scale: float) -> Gradients:
-        found = torch.autograd.grad(
-            [t for t, _ in incoming],
-            targets,
-            [_scaled(c, scale, t) for t, c in incoming],
-            allow_unused=True,
-            retain_graph=len(scales) > 1,
+        found = gradients(
+            [t for t, _ in incoming], targets, [_scaled(c, scale, t) for t, c in incoming], retain=len(scales) > 1
         )
         lost[scale] = sum(not _finite(g) for g in found if g is not None) if len(scales) > 1 else 0
         return found
@@ -124,6 +155,7 @@ def differentiate(
     run.scale, found = made
     run.recomputed, run.leaky = frozenset(recorder.recomputed), frozenset(recorder.leaky)
     run.second_order = recorder.second_order
+    found = [g if g is None else flat(g) for g in found]
     found = [g if g is None or g.layout is torch.strided else _dense(g) for g in found]
     for (path, _), g in zip(sources, found[: len(sources)], strict=True):
         if g is not None:
@@ -180,7 +212,8 @@ def loss_gradient(seed: int) -> Cotangent:
 def _finite(gradient: torch.Tensor) -> bool:
     """Whether a gradient of any layout is finite."""
     with _disable_current_modes():  # a question of the audit's own, and no decision of the judged code
-        plain = gradient if gradient.layout is torch.strided else gradient.to_dense()
+        plain = flat(gradient)
+        plain = plain if plain.layout is torch.strided else plain.to_dense()
         return bool(torch.isfinite(plain).all())
 
 

@@ -10,9 +10,11 @@ from precision_runtime.auditing.again import Again, moved_inputs, moved_paramete
 from precision_runtime.auditing.applied import not_applied
 from precision_runtime.auditing.blame import findings_of
 from precision_runtime.auditing.borders import Borders
+from precision_runtime.auditing.calls import identical
 from precision_runtime.auditing.discover import as_written
 from precision_runtime.auditing.dispatch import LowWatch, TrueDouble, plain_double
 from precision_runtime.auditing.failing import error_finding, no_reference
+from precision_runtime.auditing.generators import Generators
 from precision_runtime.auditing.judge import Judge
 from precision_runtime.auditing.noise import Exact
 from precision_runtime.auditing.opblame import blame_op
@@ -29,7 +31,7 @@ from precision_runtime.auditing.sheet import Sheet, input_name, sample_of
 from precision_runtime.auditing.storage import output_loss, rounded_layers, stored_layers
 from precision_runtime.auditing.uses import by_name
 from precision_runtime.auditing.worlds import Worlds, widen_tree
-from precision_runtime.errors import AuditError
+from precision_runtime.errors import AuditError, ConfigurationError
 from precision_runtime.record import Finding, Remark, Report
 from precision_runtime.tree import leaves
 
@@ -45,7 +47,8 @@ class Trial(Runs):
 
     def report(self) -> Report:
         """Run and judge, and put everything back; raises what ``audit`` raises."""
-        with as_written(self.function, self.args, self.kwargs):
+        generators = Generators(self.function, self.args, self.kwargs, self.roots.values())
+        with as_written(self.function, self.args, self.kwargs), generators.followed():
             worlds = Worlds(self.roots, self.originals)
             try:
                 return self._report(worlds)
@@ -61,10 +64,15 @@ class Trial(Runs):
             low = self._low(worlds)
         except Exception as error:
             return self._does_not_run(worlds, error)
+        self._something(low)
         with worlds.low():
             stored, figures = stored_layers(worlds)
         self._alike, self._calls, self._scale = low.recomputed, low.calls, low.scale
-        self._exact = Exact(widen_tree((self.args, self.kwargs)), getattr(torch, self.mode.compute))
+        self._roundings, self._spared = low.roundings, low.spared()
+        # In 32-true every input is in the mode's dtype already: one that has more digits than half formats hold has
+        # been rounded to it before. An input that is exact has few.
+        exactly = "bfloat16" if self.mode.compute == "float32" else self.mode.compute
+        self._exact = Exact(widen_tree((self.args, self.kwargs)), getattr(torch, exactly))
         self._yardstick = self._make_yardstick()
         try:
             reference = self._reference(worlds, low)
@@ -75,6 +83,8 @@ class Trial(Runs):
         search = (lambda verdict: blame_op(stage, verdict)) if self.explain else None
         findings, remarks = findings_of(judge, search)
         findings = [*self._not_applied(), *findings]
+        if findings or judge.doubtful:
+            findings = self._differing(worlds, reference) or findings
         self.remarks += remarks
         self.remarks += [Remark("not-judged", text, module) for (module, _), text in judge.remarks.items()]
         self.remarks += [Remark("not-judged", text, module) for module, text in judge.replays.failed.items()]
@@ -94,6 +104,10 @@ class Trial(Runs):
                     "reference", f"no FP64 kernel for {', '.join(sorted(fallbacks))}: computed in FP32 in the reference"
                 )
             )
+        layers = (*stored, *rounded_layers(worlds.names, self.mode, self._shares))
+        if self.mode.family == "float8" and not layers:
+            none = f"no layer of it computes in {self.mode.products}: all of it ran in {self.mode.compute}"
+            self.remarks.append(Remark("not-applied", none))
         whole = max((v.score for v in judge.verdicts if v.call is None), default=0.0)
         # Only measured figures: a call that passed on its bound has lost less than the budget, nobody knows how much.
         # What failed counts through its finding, or not at all where it turned out to be harmless.
@@ -111,7 +125,7 @@ class Trial(Runs):
             calls=len(low.calls),
             seed=self.seed,
             figures=figures | self._figures(worlds, low, reference),
-            layers=tuple(stored + rounded_layers(worlds.names, self.mode, self._shares)),
+            layers=layers,
         )
 
     def _figures(self, worlds: Worlds, low: Run, reference: Reference) -> dict[str, float]:
@@ -181,7 +195,10 @@ class Trial(Runs):
             decisions = tuple(d for c in low.calls for d in c.trace.decisions)
             given = frozenset(names[k] for k in worlds.unrounded if k in names)
             tables = tuple((c.name, c.index, c.tables) for c in low.calls if c.tables)
-            key = (width * forward_u, width * yardstick.step, own, self._exact.key, decisions, norms, given, tables)
+            kept = self._spared, low.left()
+            key = (
+                width * forward_u, width * yardstick.step, own, self._exact.key, decisions, norms, given, tables, kept,
+            )  # fmt: skip
             made = reference.samples.setdefault(key, [])
             while len(made) <= number:
                 run, _ = self._true(worlds, yardstick.noise(forward_u, len(made), width, norms))
@@ -248,6 +265,34 @@ class Trial(Runs):
             self.args, self.kwargs, self._watch, self._shares = before
         sheet = self._sheet(low, run, run.parameter_grads, _parameter_names(worlds))
         return Again(Judge(worlds, low, yardstick, run.parameter_grads, run.uses), sheet, worlds, true_p, low_p)
+
+    def _differing(self, worlds: Worlds, reference: Reference) -> list[Finding]:
+        """The finding that stands for all others where the code does not do twice what it did once."""
+        again, _ = self._true(worlds, uses=False)
+        for (path, first), (_, second) in zip(reference.run.outputs, again.outputs, strict=False):
+            if first.shape != second.shape or not identical(first, second):
+                why = (
+                    f"output{path} differs between two runs in FP64 on the same inputs and seeds, so nothing can be "
+                    "said of its precision: it depends on the clock, on a count of calls, or on random numbers from "
+                    "elsewhere than torch's, Python's and numpy's generators"
+                )
+                return [Finding("nondeterministic", "forward", "", None, math.inf, math.inf, why)]
+        return []
+
+    def _something(self, low: Run) -> None:
+        """Say where there is nothing to judge, or only what happens inside."""
+        if low.outputs:
+            return
+        hint = " (is a return missing?)" if low.gave == "NoneType" else ""
+        gave = "None" if low.gave == "NoneType" else f"a {low.gave}"
+        if not low.calls:
+            raise ConfigurationError(
+                f"audit() has nothing to judge: {self.name} gave {gave}{hint}, and no module ran. It judges tensors, "
+                "numbers and arrays, in any nesting, that the function returns, and every call of a module"
+            )
+        self.remarks.append(
+            Remark("not-judged", f"the function gave {gave}{hint}, so it is judged by the calls of modules in it alone")
+        )
 
     def _not_applied(self) -> list[Finding]:
         found = not_applied(self.mode, self._watch)

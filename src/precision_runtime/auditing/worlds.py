@@ -20,14 +20,12 @@ from precision_runtime.auditing.noise import Noise
 from precision_runtime.auditing.originals import Originals
 from precision_runtime.auditing.provenance import Provenance
 from precision_runtime.auditing.scripted import script_attributes, set_script_attribute
-from precision_runtime.formats import FORMATS
 from precision_runtime.layers import QuantizedLayer
 from precision_runtime.tree import leaves, map_tensors
 
 # torch's own bookkeeping in a module's __dict__; hooks are ours and users', and survive.
 _INTERNAL = frozenset(k for k in vars(nn.Module()) if k != "training")
 _MISSING = object()
-_SINGLE = FORMATS["float32"].unit_roundoff
 
 
 @dataclass
@@ -237,11 +235,10 @@ class Worlds:
         try:
             for key in keys:
                 value = self.true_parameters[key]
-                value = noise.by(_SINGLE, value) if key in self.unrounded else noise.rounded(value)
-                out[key] = self._put(key, value)
-            for key in moved:
-                if key in out:
-                    out[key] = self._put(key, noise.within(out[key], moved[key]))
+                value = noise.single(value) if key in self.unrounded else noise.rounded(value)
+                if key in moved:
+                    value = noise.within(value, moved[key])
+                out[key] = self._put(key, value)  # once: what has been written over is no longer known as its source
             yield out
         finally:
             for key in keys:
