@@ -332,6 +332,20 @@ def test_what_is_no_training_is_refused_in_a_sentence(change: dict[str, Any], me
         audit_training(**given)
 
 
+@pytest.mark.parametrize(("updates", "short"), [(None, True), ("kahan", False)])
+def test_half_weights_that_have_not_moved_yet_are_remarked_on_first(updates: str | None, short: bool) -> None:
+    """Steps of 1e-5, all lost, come to less than half a unit in the last place of 1 so far."""
+
+    def adam(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+    report = audit_training(ones, adam, mse, BATCH, "bf16-true", steps=6, updates=updates)
+    assert report.ok, str(report)
+    assert bool(report.remarks) is short
+    if short:
+        assert "2 of 2 tensors of half weights have gone less than half of their way in 6" in report.remarks[0].message
+
+
 @pytest.mark.parametrize("updates", ["kahan", "stochastic"])
 def test_updates_that_lose_nothing_can_be_judged_and_what_half_optimizers_do_is_not_told_of_them(updates: str) -> None:
     """Rounded at random, weights walk: further than once rounded, and without losing what was meant."""
