@@ -72,6 +72,8 @@ def test_a_phase_that_only_the_backward_pass_rounds_is_found(mode: str) -> None:
 class Filter(nn.Module):
     """Pre-emphasis: each sample less 0.97 of the one before, as a convolution with constants."""
 
+    taps: torch.Tensor
+
     def __init__(self, island: bool) -> None:
         super().__init__()
         self.island = island
@@ -109,13 +111,13 @@ def test_a_product_of_data_with_data_may_cost_what_its_rounding_does(mode: str, 
 class Distances(nn.Module):
     """How far points lie from a centre that is learned, far from the origin: subtracted in float32, or in half."""
 
-    def __init__(self, half: bool) -> None:
+    def __init__(self, coarse: bool) -> None:
         super().__init__()
-        self.half, self.centre = half, nn.Parameter(torch.full((3,), 100.0))
+        self.coarse, self.centre = coarse, nn.Parameter(torch.full((3,), 100.0))
 
     def forward(self, points: torch.Tensor) -> torch.Tensor:
         """Shape (n, 3) in, (n,) out."""
-        if self.half and torch.is_autocast_enabled("cpu"):
+        if self.coarse and torch.is_autocast_enabled("cpu"):
             points = points.to(torch.get_autocast_dtype("cpu"))  # nobody asked for that
         return (points - self.centre).square().sum(-1)
 
@@ -123,10 +125,10 @@ class Distances(nn.Module):
 @pytest.mark.parametrize("mode", MIXED)
 def test_an_explicit_cast_of_float32_data_is_the_codes_own_choice(mode: str) -> None:
     points = 100.0 + draws(50, 3)
-    report = audit(Distances(half=True), points, mode=mode)
+    report = audit(Distances(coarse=True), points, mode=mode)
     assert not report.ok
     assert report.findings[0].op == "aten::_to_copy", str(report)
-    assert audit(Distances(half=False), points, mode=mode).ok
+    assert audit(Distances(coarse=False), points, mode=mode).ok
 
 
 def seen(function: Callable[..., Any], *inputs: torch.Tensor, modules: tuple[nn.Module, ...] = ()) -> frozenset[str]:

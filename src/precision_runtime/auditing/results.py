@@ -43,17 +43,27 @@ def flat(t: torch.Tensor) -> torch.Tensor:
 
 
 def _plain(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(value, (float, complex)):
-        yield path, torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.complex128)
-    elif isinstance(value, int) and value.bit_length() < 64:
-        yield path, torch.tensor(value)
+    number = _number(value)
+    if number is not None:
+        yield path, number
     elif _is_array(value):
         if value.dtype.kind in "biufc":
             yield path, torch.as_tensor(value)
     elif not isinstance(value, torch.Tensor) and id(value) not in seen:
         seen.add(id(value))
-        for step, child in children(value, objects=False):
+        held = children(value, objects=False)
+        numbers = [n for n in (_number(child) for _, child in held) if n is not None]
+        if type(value) in (list, tuple) and len(numbers) == len(held) > 0 and len({n.dtype for n in numbers}) == 1:
+            yield path, torch.stack(numbers)  # one result, not as many as it has elements
+            return
+        for step, child in held:
             yield from _plain(child, path + step, seen)
+
+
+def _number(value: Any) -> torch.Tensor | None:
+    if isinstance(value, (float, complex)):
+        return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.complex128)
+    return torch.tensor(value) if isinstance(value, int) and value.bit_length() < 64 else None
 
 
 def _is_array(value: Any) -> bool:
