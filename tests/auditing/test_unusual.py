@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from precision_runtime import audit
+from precision_runtime import PrecisionRuntime, audit
+from precision_runtime.errors import ConfigurationError
 
 
 class Coarse(torch.autograd.Function):
@@ -144,3 +146,58 @@ def test_a_gradient_that_a_backward_pass_does_not_give_is_none_to_judge(mode: st
     torch.manual_seed(0)
     report = audit(Half(), torch.randn(4, 6, 8), mode=mode)
     assert report.ok, report
+
+
+@pytest.mark.parametrize("mode", ["16-true", "bf16-mixed", "16-mixed", "32-true"])
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_reentrant_checkpoint_is_judged_as_one_that_is_not(mode: str, bad: bool) -> None:
+    first, last = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.GELU())
+
+    def moments(y: torch.Tensor) -> torch.Tensor:
+        y = last(y) + 30.0
+        return (y * y).mean(-1) - y.mean(-1) ** 2 if bad else y.var(-1, correction=0)
+
+    def code(x: torch.Tensor, reentrant: bool) -> Any:
+        return checkpoint(moments, first(x), use_reentrant=reentrant)
+
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    new, old = (audit(lambda x, r=r: code(x, r), x, mode=mode) for r in (False, True))
+    assert new.ok is old.ok
+    if bad:
+        assert not old.ok, old
+        assert [(f.module, f.op, f.where) for f in new.findings] == [(f.module, f.op, f.where) for f in old.findings]
+    assert all(p.grad is None for p in (*first.parameters(), *last.parameters()))
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.parametrize("mode", ["16-true", "bf16-mixed", "32-true"])
+def test_nested_tensors_go_in_and_come_out(mode: str, layout: torch.layout) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls its nested tensors a prototype
+        x = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], layout=layout)
+        assert audit(nn.Linear(8, 8), x, mode=mode).ok
+        report = audit(lambda x: torch.sin(x * 1000.0 - x * 999.0), x, mode="16-true", gradients=False)
+    assert not report.ok, report
+
+
+def test_eight_bit_floats_go_in() -> None:
+    x = torch.randn(4, 8).to(torch.float8_e4m3fn)
+    assert audit(lambda x: x.float() * 2.0, x, mode="bf16-true").ok
+
+
+def test_a_lazy_module_is_told_to_be_run_first() -> None:
+    with pytest.raises(ConfigurationError, match="'weight' is a parameter of a lazy module"):
+        audit(nn.LazyLinear(4), torch.randn(4, 8), mode="bf16-true")
+
+
+def test_a_model_that_is_set_up_in_another_mode_is_refused() -> None:
+    model = PrecisionRuntime("bf16-mixed").setup(nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 8)))
+    assert audit(model, torch.randn(4, 8), mode="bf16-mixed").ok
+    with pytest.raises(ConfigurationError, match="is set up in bf16-mixed already"):
+        audit(model, torch.randn(4, 8), mode="32-true")
+
+
+def test_a_model_without_a_layer_for_eight_bits_is_said_to_have_none() -> None:
+    report = audit(nn.Linear(7, 9), torch.randn(4, 7), mode="transformer-engine")
+    assert report.ok
+    assert [r.kind for r in report.remarks] == ["not-applied"]
