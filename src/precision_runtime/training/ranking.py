@@ -68,7 +68,8 @@ class Ranking:
         states = {e.name: e for e in failed if e.kind == "state"}
         moved = [e for e in failed if e.kind in ("parameter", "buffer")] or [e for e in failed if e.kind == "loss"]
         moved += [e for e in failed if e.kind == "average" and _misled(e, course, self.limit)]
-        self._note_short(entries, moved, low, course)
+        if not moved:
+            self._note_short(entries, low, course)
         # Only measured figures: what passed on its bound has lost less than the budget, nobody knows how much.
         self.notes.scores += [e.excess for e in entries if e.measured and e.excess <= self.limit]
         for entry in () if moved else states.values():
@@ -95,12 +96,12 @@ class Ranking:
             found.insert(0, gone_finding(vanished, course, true, remedies.loss_scale(true)))
         return found
 
-    def _note_short(self, entries: list[Entry], failed: list[Entry], low: LowRun, course: Course) -> None:
+    def _note_short(self, entries: list[Entry], low: LowRun, course: Course) -> None:
         """Say where most half weights have not moved as they should, by less than storing them once rounds."""
         if self.mode.masters or low.runtime.updates.wide:
             return
         half = [e for e in entries if e.kind == "parameter" and course.end[e.name].dtype in HALF]
-        short = [e.name for e in half if e not in failed and e.stuck and not e.chaotic]
+        short = [e.name for e in half if e.stuck and not e.chaotic]
         if len(short) > MOST * len(half):  # single ones have gradients that are nothing but rounding (a key's bias)
             self.notes.remarks.insert(
                 0,
