@@ -3,7 +3,8 @@
 Modules are made on the device in the caller's own default dtype, and cast when the block ends, exactly as ``setup``
 casts. Others set a half default dtype instead, and get another model: sinusoids and rotary tables are then computed
 in half, where positions above 256 are not even whole numbers, initial values are drawn in half, and whatever names
-its dtype escapes the mode. Here the same seed gives the same model as ``setup(Net())``, bit by bit.
+its dtype escapes the mode. Here the same seed gives the same model as ``setup(Net())``, bit by bit; in 64-true, where
+the cast has nothing to save, with more digits (``doubles``).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 In a mode that scales its loss it applies gradients that are still scaled, with master weights the model never gets the
 new values, and nothing raises: the loss is NaN, or stands still. Optimizers that the runtime has met tell of their
-steps by a hook. Before it has met one, weights that were written to between two backward passes are the sign; later they
-would be none, for averages are swapped in and weights are clipped after a step of the runtime's, too.
+steps by a hook. Before it has met one, weights that were written to between two backward passes are the sign; later
+they would be none, for averages are swapped in and weights are clipped after a step of the runtime's, too.
 """
 
 from __future__ import annotations

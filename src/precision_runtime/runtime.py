@@ -142,7 +142,11 @@ class PrecisionRuntime:
         return f"PrecisionRuntime({self.mode.name!r}, accelerator={str(self.device)!r}){chosen}"
 
     def init_module(self) -> AbstractContextManager[None]:
-        """Context in which modules are made on the device; when it ends they are in the mode, as after ``setup``."""
+        """Context in which modules are made on the device; when it ends they are in the mode, as after ``setup``.
+
+        With one seed weights are the same in every mode, but for its roundings. In 64-true the default dtype is float64
+        inside, so that tables and complex tensors, also those that are no buffers, are made with all their digits.
+        """
         return self.strategy.init_context()
 
     def plan(self, model: nn.Module, optimizer: Optimizer | None = None, *optimizers: Optimizer) -> Plan:

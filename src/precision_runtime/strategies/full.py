@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 
 from precision_runtime.casting import NOTHING, TO_DOUBLE, CastTable
+from precision_runtime.doubles import DoubleBuilding
 from precision_runtime.strategies.base import Strategy
 
 
@@ -17,3 +20,7 @@ class FullStrategy(Strategy):
     def tables(self, dtype: torch.dtype) -> tuple[CastTable, CastTable]:
         """Everything to double, or nothing."""
         return (TO_DOUBLE, TO_DOUBLE) if dtype is torch.float64 else (NOTHING, NOTHING)
+
+    def init_context(self) -> AbstractContextManager[None]:
+        """See ``Strategy.init_context``; in 64-true what is computed inside is float64 and complex128."""
+        return DoubleBuilding(self) if self.dtype is torch.float64 else super().init_context()
