@@ -110,6 +110,20 @@ def test_in_true_modes_the_patch_that_is_printed_repairs_too(mode: str) -> None:
     assert audit(model, x, mode=mode, gradients=False).ok
 
 
+@pytest.mark.parametrize("mode", ["32-true", "tf32"])
+def test_where_the_mode_is_float32_the_islands_are_float64(mode: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), BadNorm(), nn.Linear(16, 4))
+    with torch.no_grad():
+        model[0].bias += 100.0
+    x = torch.randn(8, 16)
+    found = audit(model, x, mode=mode, repair=True, gradients=False).repair
+    assert found is not None
+    assert (found.holds, found.islands) == (True, {"1": "64"}), found
+    assert "model.1.double()" in found.patch
+    assert audit(model, x, mode=mode, islands=found.islands, gradients=False).ok
+
+
 def test_where_code_outside_of_modules_is_to_blame_there_is_none_and_the_line_is_said() -> None:
     class Own(nn.Module):
         def __init__(self) -> None:

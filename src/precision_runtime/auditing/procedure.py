@@ -12,7 +12,7 @@ from precision_runtime.auditing.discover import find_modules, name_of
 from precision_runtime.auditing.originals import Originals
 from precision_runtime.auditing.randomness import seeded
 from precision_runtime.auditing.references import References
-from precision_runtime.auditing.repair import find_repair
+from precision_runtime.auditing.repair import find_repair, wide
 from precision_runtime.auditing.trial import Trial
 from precision_runtime.automatic import placed
 from precision_runtime.capability import support
@@ -68,8 +68,8 @@ def audit(
     originals, references = originals or Originals(), references or References(1 if repair else 0)
 
     def judge(kept: Sequence[str] = (), explain: bool = True) -> Report:
-        wide = tuple(sorted({**dict(pairs), **dict.fromkeys(kept, "float32")}.items()))
-        strategy = strategy_for(parsed, device, replace(options, islands=wide, auto_islands=automatic))
+        islands = tuple(sorted({**dict(pairs), **dict.fromkeys(kept, wide(parsed))}.items()))
+        strategy = strategy_for(parsed, device, replace(options, islands=islands, auto_islands=automatic))
         with seeded(seed, device):
             trial = Trial(
                 function, args, dict(kwargs or {}), parsed, strategy, lane.status, lane.accelerator,

@@ -1,4 +1,7 @@
-"""The smallest set of modules to keep in FP32 so that the mode holds: delta debugging, each proposal audited."""
+"""The smallest set of modules to keep wide so that the mode holds: delta debugging, each proposal audited.
+
+Wide is FP32, and FP64 in 32-true and tf32.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,12 @@ Names = tuple[str, ...]
 # How often the set may be widened by what still fails, before all of the model's children are tried.
 ROUNDS = 4
 
-Judge = Callable[[Names], Report]  # the audit with these modules kept in FP32
+Judge = Callable[[Names], Report]  # the audit with these modules kept wide
+
+
+def wide(mode: Mode) -> str:
+    """The dtype, by name, of the islands that a repair in ``mode`` is made of."""
+    return "float64" if mode.compute == mode.params == "float32" and not mode.autocast else "float32"
 
 
 def find_repair(report: Report, root: str, model: nn.Module, mode: Mode, device: str, judge: Judge) -> Repair:
@@ -28,12 +36,12 @@ def find_repair(report: Report, root: str, model: nn.Module, mode: Mode, device:
     if names is None:
         return Repair(
             islands={}, holds=False, before=report.lost_bits, after=report.lost_bits, audits=search.audits,
-            note=_own_code(report, model),
+            note=_own_code(report, model, wide(mode)),
         )  # fmt: skip
     smallest = search.smallest(names)
     after = search.judge(smallest)
     return Repair(
-        islands=dict.fromkeys(smallest, "32"), holds=True, before=report.lost_bits, after=after.lost_bits,
+        islands=dict.fromkeys(smallest, wide(mode).removeprefix("float")), holds=True, before=report.lost_bits, after=after.lost_bits,
         audits=search.audits, patch="\n".join(_patch(name, model, mode, device) for name in smallest),
     )  # fmt: skip
 
@@ -117,9 +125,11 @@ def _outermost(names: Names) -> Names:
     return tuple(n for n in names if not any(m != n and _covers(m, n) for m in names))
 
 
-def _own_code(report: Report, model: nn.Module) -> str:
+def _own_code(report: Report, model: nn.Module, dtype: str) -> str:
     """Why no set of modules repairs, and what is known of the line that would have to change."""
-    note = f"no set of modules in FP32 repairs it: code outside of them is to blame, in {type(model).__name__} itself"
+    note = (
+        f"no set of modules in {dtype} repairs it: code outside of them is to blame, in {type(model).__name__} itself"
+    )
     for finding in report.findings:
         if finding.line and finding.proof:
             return f"{note}, or a value from outside: {finding.line}; {finding.proof}"
@@ -130,6 +140,7 @@ def _patch(name: str, model: nn.Module, mode: Mode, device: str) -> str:
     """The same as code: in the caller's forward under autocast, around a module made FP32 elsewhere."""
     path, _, last = name.rpartition(".")
     owner = type(model.get_submodule(path)).__name__
+    cast = "double" if wide(mode) == "float64" else "float"
     call = f"self.{last}" if not last.isdigit() else f"self[{last}]"
     lines: Mapping[bool, Sequence[str]] = {
         True: (
@@ -138,9 +149,9 @@ def _patch(name: str, model: nn.Module, mode: Mode, device: str) -> str:
             f"    y = {call}(x.float())",
         ),
         False: (
-            f"# after the cast to {mode.params}: model.{name}.float()",
+            f"# after the cast to {mode.params}: model.{name}.{cast}()",
             f"# in the forward of {owner}" + (f" ({path})" if path else "") + f", where it calls {call}:",
-            f"y = {call}(x.float()).to(x.dtype)",
+            f"y = {call}(x.{cast}()).to(x.dtype)",
         ),
     }
     return "\n".join(lines[bool(mode.autocast)])
