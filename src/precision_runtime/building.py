@@ -23,6 +23,7 @@ from torch.nn.modules.module import (
 )
 
 from precision_runtime.islands import keep_built
+from precision_runtime.lazy import refuse_lazy
 
 if TYPE_CHECKING:
     from precision_runtime.strategies import Strategy
@@ -56,6 +57,8 @@ class Building:
             hook.remove()
         if kind is None:
             roots = self._roots()
+            for root in roots:
+                refuse_lazy(root, self.strategy.mode)
             keep_built(roots, self.strategy)
             self._convert(roots)
 

@@ -98,7 +98,8 @@ def cast_module(module: nn.Module, table: CastTable) -> nn.Module:
     def cast(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in done:
             target = (TO[torch.float32] if id(tensor) in kept else table).get(tensor.dtype)
-            done[id(tensor)] = tensor, (tensor if target is None else CAST[target](tensor))
+            # Not by CAST: a parameter of a lazy layer, which has no values yet, takes to() and not each of those.
+            done[id(tensor)] = tensor, (tensor if target is None else tensor.to(target))
         return done[id(tensor)][1]
 
     module._apply(cast)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -52,7 +53,12 @@ def keep_full(parameter: torch.Tensor, full: torch.Tensor) -> None:
 @contextlib.contextmanager
 def keeping(models: Iterable[nn.Module]) -> Iterator[None]:
     """Trainable parameters of ``models`` that become half inside: their values from before become their masters."""
-    full = [(p, p.detach()) for model in models for p in model.parameters() if p.requires_grad and p.dtype in _WIDE]
+    full = [
+        (p, p.detach())
+        for model in models
+        for p in model.parameters()
+        if p.requires_grad and p.dtype in _WIDE and not is_lazy(p)
+    ]
     yield
     while full:
         parameter, before = full.pop()

@@ -27,6 +27,7 @@ from precision_runtime.errors import ConfigurationError, PrecisionError, Unsuppo
 from precision_runtime.gates import Gate
 from precision_runtime.islands import islands_in, keep
 from precision_runtime.keeping import Island
+from precision_runtime.lazy import refuse_lazy
 from precision_runtime.ledger import Entry, Ledger
 from precision_runtime.lost import LostUpdates
 from precision_runtime.master import Masters, NoMasters
@@ -159,6 +160,7 @@ class PrecisionRuntime:
 
         given = (*(() if optimizer is None else (optimizer,)), *optimizers)
         _check_arguments(model, given)
+        refuse_lazy(model, self.mode)
         lane = self.mode.name, str(self.device)
         return plan_for(model, given, self.strategy, lane, scaled=self.scaler.enabled, wide=self.updates.wide)
 
@@ -182,6 +184,7 @@ class PrecisionRuntime:
         matches is listed in a ``LossyError``, and nothing has been changed.
         """
         _check_arguments(model, optimizers)
+        refuse_lazy(model, self.mode)
         if strict:
             self.plan(model, *optimizers).refuse(allow)
         elif allow:

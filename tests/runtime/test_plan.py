@@ -408,7 +408,7 @@ def test_a_refused_optimizer_is_really_refused():
     parameter = torch.nn.Parameter(torch.zeros(2).half())
     foreign = torch.optim.SGD([parameter], lr=1.0)
     runtime.setup(nn.Linear(2, 2), foreign)
-    parameter.grad = torch.ones(2).half()
+    runtime.backward(parameter.sum())
     with pytest.raises(ConfigurationError, match="float16"):
         runtime.step(foreign)
 
