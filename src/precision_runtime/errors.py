@@ -35,7 +35,7 @@ class AuditError(PrecisionError, RuntimeError):
 
 
 class PrecisionWarning(UserWarning):
-    """Numbers are about to be wrong, though nothing fails."""
+    """Numbers are about to be wrong, or others than the code asked for, though nothing fails."""
 
 
 def did_you_mean(name: str, known: Iterable[str], elsewhere: Mapping[str, Sequence[str]] = MappingProxyType({})) -> str:

@@ -40,6 +40,7 @@ from precision_runtime.scaling import NullScaler, Scaler, scaler_from
 from precision_runtime.scaling.agreement import refuse_flat
 from precision_runtime.sentinel import answer_of, watch
 from precision_runtime.strategies import Strategy, strategy_for
+from precision_runtime.upcasting import warn_of_upcast
 from precision_runtime.updates import Updates, updates_from
 
 if TYPE_CHECKING:
@@ -180,6 +181,8 @@ class PrecisionRuntime:
         are new objects, frozen, and no longer the optimizers'. Doing it again changes nothing; in another
         mode it raises ``ConfigurationError``, as does anything that is no module or optimizer.
 
+        A mode with autocast turns half parameters and buffers into float32 and warns of it (``PrecisionWarning``).
+
         ``strict`` refuses to lose more than roundings: every lossy row of the plan that no name or glob of ``allow``
         matches is listed in a ``LossyError``, and nothing has been changed.
         """
@@ -194,6 +197,7 @@ class PrecisionRuntime:
             move(model, self.device, optimizers)
         held = list(model.parameters()) if optimizers else []
         keep(model, self.strategy)
+        warn_of_upcast(model, self.strategy)
         with self.masters.keeping(model):
             self.strategy.convert(model)
         swapped = {id(p) for p in held} - {id(p) for p in model.parameters()}
@@ -225,6 +229,10 @@ class PrecisionRuntime:
         The step that follows is the runtime's: where ``optimizer.step()`` would do something else, it warns
         (``PrecisionWarning``), once.
         """
+        if not isinstance(loss, torch.Tensor):
+            raise ConfigurationError(
+                f"backward takes the loss as a tensor with its graph, got {type(loss).__name__}; leave .item() to logs"
+            )
         self._watch.backward(self._weights)
         self.scaler.open(self._optimizers)
         with self.strategy.backward():
@@ -313,6 +321,8 @@ class PrecisionRuntime:
             self._meter.step(self.updates, optimizer, args, kwargs)
 
     def _meet(self, optimizer: Optimizer) -> None:
+        if not hasattr(optimizer, "param_groups"):
+            raise ConfigurationError(f"step and clip_gradients take an optimizer, got {type(optimizer).__name__}")
         self._optimizers.add(optimizer)
         self.updates.adopt(optimizer)
         self._watch.meet(optimizer)

@@ -1,9 +1,12 @@
+import re
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
+from precision_runtime import audit, audit_training
+from precision_runtime.errors import PrecisionWarning
 from precision_runtime.modes import MODES
 from precision_runtime.runtime import PrecisionRuntime
 from precision_runtime.strategies import strategy_for
@@ -128,9 +131,47 @@ def test_parameters_have_the_dtype_of_the_mode(mode):
 def test_a_half_checkpoint_gets_float32_parameters_in_mixed_modes_without_loss(mode):
     model = nn.Linear(3, 3).to(torch.bfloat16)
     before = model.weight.detach().clone()
-    PrecisionRuntime(mode, "cpu").setup(model)
+    with pytest.warns(PrecisionWarning):
+        PrecisionRuntime(mode, "cpu").setup(model)
     assert model.weight.dtype is torch.float32
     assert torch.equal(model.weight, before.float())
+
+
+@pytest.mark.parametrize("mode", [*MIXED, "apex-O1"])
+def test_mixed_modes_warn_of_half_tensors_that_they_widen(mode):
+    class Averaged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+            self.ema = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).bfloat16().requires_grad_(False)
+            self.register_buffer("code", torch.ones(2, dtype=torch.float16))
+
+    runtime = PrecisionRuntime(mode, "cpu")
+    text = (
+        f"{mode} keeps parameters and buffers in float32: setup turns 4 bfloat16 and 1 float16 tensors of Averaged "
+        "into it ('ema.0.weight', 'ema.0.bias', 'ema.1.weight' and 2 more)"
+    )
+    with pytest.warns(PrecisionWarning, match=re.escape(text)) as caught:
+        model = runtime.setup(Averaged(), strict=True)  # widening loses nothing
+    assert [each.filename for each in caught] == [__file__]
+    runtime.setup(model)  # nothing is left to widen, and nobody is told
+    model.ema.bfloat16()
+    assert model.ema[0].weight.dtype is torch.bfloat16
+    assert runtime.setup(Averaged().float()).code.dtype is torch.float32
+
+
+@pytest.mark.parametrize("mode", ["bf16-mixed", "apex-O1"])
+def test_audits_do_not_warn_of_what_they_widen_themselves(mode):
+    assert audit(nn.Linear(4, 4).bfloat16(), torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), mode=mode)
+    training = audit_training(
+        lambda: nn.Linear(4, 1).bfloat16(),
+        lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+        lambda model, x: model(x).square().mean(),
+        [torch.ones(4, 4)],
+        mode=mode,
+        steps=2,
+    )
+    assert training
 
 
 def test_32_true_touches_nothing():

@@ -121,6 +121,8 @@ class Trainings:
         model = self._start(wide=False)
         if not double:
             cast_module(model, _SINGLE)
+        if runtime.mode.autocast:
+            cast_module(model, runtime.strategy.module_table)  # or setup would warn of it in each of the runs
         model = runtime.setup(model)
         optimizer = self._optimizer(model)
         stepped = self._meet(runtime, model, optimizer)
