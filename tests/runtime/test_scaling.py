@@ -216,6 +216,27 @@ def test_sparse_and_empty_and_absent_gradients_are_handled():
     assert torch.allclose(before - table.weight, torch.tensor([[0.0, 0.0], [2.0, 2.0], [0.0, 0.0], [0.0, 0.0]]))
 
 
+@pytest.mark.parametrize("kind", [StaticScaler, DynamicScaler])
+@pytest.mark.parametrize("bad", ["128", None, (2.0,)])
+def test_settings_that_are_no_numbers_are_refused(kind, bad):
+    with pytest.raises(ConfigurationError, match=r"settings are numbers, such as 1024\.0, got \w+="):
+        kind(bad)
+    with pytest.raises(ConfigurationError, match="patience='7'"):
+        kind(1024.0, patience="7")
+
+
+@pytest.mark.parametrize("mode", ["16-mixed", "bf16-mixed", "apex-O2"])
+def test_what_is_no_loss_and_no_optimizer_is_refused(mode):
+    rt = PrecisionRuntime(mode, "cpu")
+    with pytest.raises(ConfigurationError, match=r"backward takes the loss as a tensor.* got float"):
+        rt.backward(1.0)
+    for bad in (None, nn.Linear(1, 1), "sgd"):
+        with pytest.raises(ConfigurationError, match=f"take an optimizer, got {type(bad).__name__}"):
+            rt.step(bad)
+        with pytest.raises(ConfigurationError, match=f"take an optimizer, got {type(bad).__name__}"):
+            rt.clip_gradients(bad, max_norm=1.0)
+
+
 def test_a_round_without_any_gradient_is_no_overflow():
     _, opt = parameter()
     rt = runtime()

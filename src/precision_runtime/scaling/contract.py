@@ -104,6 +104,13 @@ class NullScaler(Scaler):
         check_keys(state, ())
 
 
+def check_numbers(**settings: object) -> None:
+    """Raise ``ConfigurationError`` where a scaler's setting is no number; a string of digits is none."""
+    wrong = [f"{name}={value!r}" for name, value in settings.items() if not hasattr(type(value), "__float__")]
+    if wrong:
+        raise ConfigurationError(f"a loss scaler's settings are numbers, such as 1024.0, got {', '.join(wrong)}")
+
+
 def check_keys(state: Mapping[str, Any], expected: Iterable[str]) -> None:
     """Raise ``ConfigurationError`` where ``state`` has other keys than ``expected``."""
     missing, foreign = sorted(set(expected) - set(state)), sorted(map(str, set(state) - set(expected)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from precision_runtime.errors import ConfigurationError
+from precision_runtime.scaling.contract import check_numbers
 from precision_runtime.scaling.history import ScaleState
 from precision_runtime.scaling.rounds import LARGEST, SMALLEST, RoundScaler
 
@@ -40,6 +41,10 @@ class DynamicScaler(RoundScaler):
         on_stall: Literal["warn", "raise", "ignore"] = "warn",
         process_group: Any = None,
     ) -> None:
+        check_numbers(
+            init_scale=init_scale, growth_factor=growth_factor, backoff_factor=backoff_factor,
+            growth_interval=growth_interval, floor=floor, hysteresis=hysteresis, ceiling=ceiling, patience=patience,
+        )  # fmt: skip
         wrong = [
             text
             for bad, text in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from precision_runtime.errors import ConfigurationError
+from precision_runtime.scaling.contract import check_numbers
 from precision_runtime.scaling.history import ScaleState
 from precision_runtime.scaling.rounds import LARGEST, SMALLEST, RoundScaler
 
@@ -24,6 +25,7 @@ class StaticScaler(RoundScaler):
         on_stall: Literal["warn", "raise", "ignore"] = "warn",
         process_group: Any = None,
     ) -> None:
+        check_numbers(scale=scale, patience=patience)
         if not SMALLEST <= scale <= LARGEST:
             raise ConfigurationError(f"a static loss scale lies in 2**-126 ... 2**127, got {scale}")
         if not patience >= 1:
