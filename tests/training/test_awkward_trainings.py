@@ -498,3 +498,25 @@ def test_gradients_that_step_fn_sums_in_bfloat16_are_not_laid_to_the_backward_pa
     assert (first.kind, first.where) == ("instability", "update")
     assert ("step_fn has put it there" if own else "the backward pass leaves its gradient right") in first.message
     assert "1 times too large" not in first.message
+
+
+class Drifting(nn.Module):
+    """A buffer that moves where it is not FP64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+        self.register_buffer("there", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if self.there.dtype is not torch.float64:
+            self.there.add_(0.5)
+        return self.layer(x)
+
+
+def test_a_buffer_that_moves_in_the_mode_only_is_told_of() -> None:
+    report = audit_training(
+        Drifting, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), mse, BATCH, "bf16-true", steps=4
+    )
+    assert "buffer 'there'" in report.findings[0].message
+    assert "Keep it in float32" in report.findings[0].message

@@ -101,7 +101,7 @@ def _written(entry: Entry, evidence: Evidence) -> Cause | None:
     if entry.kind == "parameter" and evidence.trained(entry.name):
         return None
     kept = evidence.low.end[entry.name].dtype
-    if kept in HALF and entry.stuck:
+    if kept in HALF and entry.stuck and bool(entry.reference.any()):
         return Cause(
             3, "underflow", "update",
             f"it has gone {_way(entry):.0%} of its way: what it is to move in a step is below half a unit in its last "
