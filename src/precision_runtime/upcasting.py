@@ -34,10 +34,10 @@ def warn_of_upcast(model: nn.Module, strategy: Strategy) -> None:
     more = f" and {len(half) - _SHOWN} more" if len(half) > _SHOWN else ""
     warnings.warn(
         f"{strategy.mode} keeps parameters and buffers in {_short(strategy.dtype)}: setup turns {kinds} "
-        f"{'tensor' if len(half) == 1 else 'tensors'} of {type(model).__name__} into it ({names}{more}). They take twice "
-        "the memory, and what is written to them is no longer rounded to half. If that is meant, say so with .float() "
-        "before setup; if they are to stay half, cast them back after it (part.to(dtype)), which loses nothing, or use "
-        "a true mode",
+        f"{'tensor' if len(half) == 1 else 'tensors'} of {type(model).__name__} into it ({names}{more}). They take "
+        "twice the memory, and what is written to them is no longer rounded to half. If that is meant, say so with "
+        ".float() before setup; if they are to stay half, cast them back after it (part.to(dtype)), which loses "
+        "nothing, or use a true mode",
         PrecisionWarning,
         stacklevel=users_line(),
     )

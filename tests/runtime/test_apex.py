@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from precision_runtime import PrecisionRuntime, support
 from precision_runtime.errors import ConfigurationError, PrecisionError
@@ -135,6 +136,86 @@ def test_o1_holds_inside_autocast_for_what_runs_outside_forward():
     with PrecisionRuntime("apex-O1", "cpu").autocast():
         assert h.exp().dtype is SINGLE
         assert (f @ f).dtype is HALF
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+        self.reentrant, self.seen = reentrant, []
+
+    def part(self, x):
+        x = self.last(x)
+        self.seen.append((x.dtype, x.exp().dtype, self.last[0](x).dtype))
+        return x.exp()
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.reentrant is None:
+            return self.part(x)
+        return checkpoint(self.part, x, use_reentrant=self.reentrant)
+
+
+def gradients(reentrant, asked=False):
+    torch.manual_seed(0)
+    model, rt = Checkpointed(reentrant), PrecisionRuntime("apex-O1", "cpu", scaler=DynamicScaler(init_scale=16.0))
+    rt.setup(model)
+    loss = model(torch.linspace(-1, 1, 16).reshape(2, 8)).float().sum()
+    if asked:
+        found = rt.gradients(loss, list(model.parameters()))
+    else:
+        rt.backward(loss)
+        found = [p.grad / 16 for p in model.parameters()]
+    assert set(model.seen) == {(SINGLE, SINGLE, HALF)}
+    assert len(model.seen) == 1 + (reentrant is not None)  # it has really been run again
+    return found
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_o1_holds_while_a_checkpoint_runs_forward_again(reentrant):
+    assert all(map(torch.equal, gradients(reentrant), gradients(None)))
+
+
+def test_o1_holds_in_a_checkpoint_for_gradients_that_are_asked_for():
+    assert all(map(torch.equal, gradients(False, asked=True), gradients(None, asked=True)))
+
+
+def test_o1_leaves_python_functions_in_backward_as_they_are():
+    class Half(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.half()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            seen.append(gradient.exp().dtype)
+            return gradient.float()
+
+    seen = []
+    PrecisionRuntime("apex-O1", "cpu").backward(Half.apply(torch.ones(3, requires_grad=True)).float().sum())
+    assert seen == [HALF]
+
+
+def test_o1_leaves_islands_alone():
+    seen = []
+
+    class Island(nn.Module):
+        def forward(self, x):
+            seen.append(F.prelu(x, x[0, :1]).dtype)
+            return x
+
+    rt = PrecisionRuntime("apex-O1", "cpu", islands=["0"])
+    rt.setup(nn.Sequential(Island(), nn.Linear(4, 4)))(f)
+    assert seen == [SINGLE]
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_o1_runs_a_spectral_norm(norm):
+    torch.manual_seed(0)
+    model = norm(nn.Linear(4, 4))
+    x = torch.ones(2, 4)
+    wide = copy.deepcopy(model)(x)
+    assert torch.allclose(PrecisionRuntime("apex-O1", "cpu").setup(model)(x), wide, atol=1e-2)
 
 
 def test_o0_is_float32_also_for_half_inputs_and_models():

@@ -21,7 +21,7 @@ from precision_runtime.forwarding import is_suspended
 from precision_runtime.master import attach, keeping
 from precision_runtime.modes import Mode
 from precision_runtime.options import Options
-from precision_runtime.strategies.apex_functions import ApexFunctions
+from precision_runtime.strategies.apex_functions import ApexBackward, ApexFunctions
 from precision_runtime.strategies.base import Strategy
 from precision_runtime.strategies.half import HalfStrategy
 from precision_runtime.strategies.mixed import MixedStrategy
@@ -47,13 +47,17 @@ class FunctionStrategy(MixedStrategy):
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See ``Strategy.call``."""
         args, kwargs = cast_call(args, kwargs, self.input_table)
-        with torch.autocast(self.device.type, dtype=self.compute), ApexFunctions(self.compute):
+        with torch.autocast(self.device.type, dtype=self.compute), ApexFunctions(self.compute, self.device.type):
             result = function(*args, **kwargs)
         return self.cast_outputs(result)
 
+    def backward(self) -> AbstractContextManager[Any]:
+        """Apex's rules for what a checkpoint runs again."""
+        return ApexBackward(self.compute, self.device.type)
+
     @contextlib.contextmanager
     def _casts(self) -> Iterator[None]:
-        with torch.autocast(self.device.type, dtype=self.compute), ApexFunctions(self.compute):
+        with torch.autocast(self.device.type, dtype=self.compute), ApexFunctions(self.compute, self.device.type):
             yield
 
 

@@ -9,9 +9,11 @@ Apex's rules stand above autocast, which casts the operands of matrix products a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -39,6 +41,7 @@ _WIDEST = (
     "addcdiv", "addcmul", "atan2", "cross", "bilinear", "dot", "add", "div", "mul", "sub", "true_divide", "eq",
     "equal", "ge", "gt", "le", "lt", "ne", "cat", "stack",
 )  # fmt: skip
+_WIDEST_SINCE = ("vdot", "inner")  # like dot they take no two dtypes, and spectral_norm's product is in half
 _WIDEST_METHODS = (
     "__add__", "__eq__", "__ge__", "__gt__", "__le__", "__lt__", "__mul__", "__ne__", "__radd__", "__rdiv__",
     "__rmul__", "__rsub__", "__rtruediv__", "__sub__", "__truediv__",
@@ -51,20 +54,39 @@ Rule = Callable[["ApexFunctions", Any, Sequence[Any], Mapping[str, Any]], Any]
 class ApexFunctions(TorchFunctionMode):
     """Inside, the functions of Apex's lists cast their operands as O1 does; ``half`` is the dtype that it calls half.
 
-    Functions written in Python (``multi_head_attention_forward``) are seen as one: what they call is left to autocast.
+    Where autocast is off on ``device``, as in an FP32 island, they cast nothing either. Functions written in Python
+    (``multi_head_attention_forward``) are seen as one: what they call is left to autocast.
     """
 
-    def __init__(self, half: torch.dtype) -> None:
+    def __init__(self, half: torch.dtype, device: str) -> None:
         super().__init__()
-        self.half = half
+        self.half, self.device = half, device
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         rule = _RULES.get(func)
-        if rule is None:
+        if rule is None or not torch.is_autocast_enabled(self.device):
             return func(*args, **(kwargs or {}))
         return rule(self, func, args, kwargs or {})
+
+
+class ApexBackward(ApexFunctions):
+    """The same for a backward pass, where autocast is on only while a checkpointed part of forward is run again.
+
+    Checkpointing brings autocast back for that, and no mode like this one: without it the second run would have other
+    dtypes than the first.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        by_edges = _BY_EDGES.get(func)
+        call = None if by_edges is None else by_edges(*args, **(kwargs or {}))
+        if call is None:
+            return super().__torch_function__(func, types, args, kwargs)
+        with self:
+            return call()
 
 
 def _in_half(mode: ApexFunctions, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -138,6 +160,46 @@ def _one(value: Any, source: torch.dtype, target: torch.dtype) -> Any:
     return value
 
 
+# A backward pass begins with functions of torch, for which it takes the mode away that handles them. The same call on
+# edges of the graph in place of tensors is none that a mode handles, so the mode stays. None: it takes tensors.
+
+
+def _tensor_backward(
+    tensor: torch.Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
+) -> Callable[[], Any] | None:
+    return _backward((tensor,), gradient, retain_graph, create_graph, inputs=inputs)
+
+
+def _backward(
+    tensors: Any, grad_tensors: Any = None, retain_graph: Any = None, create_graph: bool = False, **others: Any
+) -> Callable[[], Any] | None:
+    ends = _edges(tensors)
+    if ends is None or any(value is not None for value in others.values()):
+        return None
+    return partial(torch.autograd.backward, ends, grad_tensors, retain_graph, create_graph)
+
+
+def _grad(outputs: Any, inputs: Any, grad_outputs: Any = None, **others: Any) -> Callable[[], Any] | None:
+    ends, starts = _edges(outputs), _edges(inputs)
+    if ends is None or starts is None or others.get("materialize_grads"):
+        return None
+    return partial(torch.autograd.grad, ends, starts, grad_outputs, **others)
+
+
+def _edges(tensors: Any) -> tuple[GradientEdge, ...] | None:
+    given = (tensors,) if isinstance(tensors, torch.Tensor) else tensors
+    plain = isinstance(given, (tuple, list)) and all(type(t) in _PLAIN and t.requires_grad for t in given)
+    return tuple(map(get_gradient_edge, given)) if plain else None
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_BY_EDGES: dict[Any, Callable[..., Callable[[], Any] | None]] = {
+    torch.Tensor.backward: _tensor_backward,
+    torch.autograd.backward: _backward,
+    torch.autograd.grad: _grad,
+}
+
+
 def _found(names: Iterable[str], *owners: Any) -> Iterator[Any]:
     for name in names:
         for owner in owners:
@@ -156,7 +218,7 @@ def _rules() -> dict[Any, Rule]:
         (_in_single, _found(_SINGLE_FUNCTIONAL, functional)),
         (_in_single, _found((*_SINGLE, *_SINGLE_SINCE), *both, functional)),
         (_in_single, _found(_SINGLE_METHODS, torch.Tensor)),
-        (_in_widest, _found(_WIDEST, *both)),
+        (_in_widest, _found((*_WIDEST, *_WIDEST_SINCE), *both)),
         (_in_widest, _found(_WIDEST_METHODS, torch.Tensor)),
         (_as_first, _found(_in_place((*_WIDEST, "addmv", "addr")), torch.Tensor)),
         (_as_first, _found(_WIDEST_IN_PLACE, torch.Tensor)),
