@@ -19,6 +19,7 @@ from precision_runtime.errors import ConfigurationError, UnsupportedError
 from precision_runtime.float8 import Float8Linear
 from precision_runtime.layers import QuantizedLayer, dequantized_state_dict
 from precision_runtime.modes import MODES
+from precision_runtime.printing import printed
 from precision_runtime.runtime import PrecisionRuntime
 
 # Adam divides by a second moment that fp16 cannot hold; SGD with momentum has state, and works everywhere.
@@ -414,6 +415,23 @@ def test_float32_masters_come_and_go_exactly(tmp_path):
     assert any(row.after == "float16 with a float32 master" for row in changes.rows)
     same(third.state_dict(), model.state_dict())
     assert third.fc.weight.dtype is torch.float16
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_same_mode_changes_nothing_whichever_way_it_is_loaded(mode, tmp_path):
+    trained = mode in TRAINED
+    first, old, sgd = made(mode, optimizer=trained)
+    if trained:
+        train(first, old, sgd)
+    first.probe(old, ids(99))
+    first.save(tmp_path / "c", old, *([sgd] if trained else []))
+    for verb in ("load", "load_across"):
+        runtime, model, optimizer = made(mode, seed=1, optimizer=trained)
+        changes = getattr(runtime, verb)(tmp_path / "c", model, *([optimizer] if trained else []))
+        assert changes.rows == ()
+        line, probe = str(changes).splitlines()
+        assert (line, probe[:5]) == ("loading changed nothing", "probe")
+        assert printed(changes).startswith("loading changed nothing\nprobe")
 
 
 def test_a_scaler_goes_stays_or_begins(tmp_path):

@@ -75,7 +75,9 @@ def load_across(
         rows += weights.folded(state, residuals)
     state, fitted = weights.fitting(state, model)
     rows += fitted
-    rows += weights.casts(state, model, {row.name for row in fitted})
+    before = mode_in(saved)
+    alike = before.masters and runtime.mode.masters and before.params == runtime.mode.params
+    rows += weights.casts(state, model, {row.name for row in fitted}, masters=alike)
     rows += _optimizer_rows(runtime, found.optimizers, optimizers)
     model.load_state_dict(state)
     moved = weights.moves(state, model)

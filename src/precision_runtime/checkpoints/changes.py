@@ -10,6 +10,7 @@ from precision_runtime.printing import printed
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,9 @@ class Changes:
         """``to_dict`` as JSON."""
         return json.dumps(self.to_dict())
 
+    def _nothing(self) -> str:
+        return "\n".join(["loading changed nothing", *map(str, self.probe)])
+
     def table(self, most: int = 40) -> Table:
         """A table of the rows, lossy ones first, with the probe below."""
         from rich.table import Table
@@ -107,8 +111,10 @@ class Changes:
         table.caption_justify = "left"
         return table
 
-    def __rich__(self) -> Table:
-        return self.table()
+    def __rich__(self) -> Table | Text:
+        from rich.text import Text
+
+        return self.table() if self.rows else Text(self._nothing())
 
     def __str__(self) -> str:
-        return printed(self.table())
+        return printed(self.table()) if self.rows else self._nothing()

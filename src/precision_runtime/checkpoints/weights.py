@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from precision_runtime.casting import FLOATING
+from precision_runtime.casting import FLOATING, HALF
 from precision_runtime.checkpoints.changes import Change
 from precision_runtime.errors import ConfigurationError
 from precision_runtime.float8.layers import is_float8, without_scales
@@ -49,9 +49,9 @@ def fitting(state: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, Any],
     return wanted, rows
 
 
-def casts(state: Mapping[str, Any], model: nn.Module, done: set[str]) -> Iterator[Change]:
+def casts(state: Mapping[str, Any], model: nn.Module, done: set[str], masters: bool = False) -> Iterator[Change]:
     """What loading ``state`` into ``model`` will do to each tensor whose dtype or storage differs; ``done`` are names
-    that have been told of.
+    that have been told of. ``masters``: the state is of a mode that keeps them, and so writes half tensors in float32.
     """
     parts = dict(model.named_modules(remove_duplicate=False))
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -68,6 +68,8 @@ def casts(state: Mapping[str, Any], model: nn.Module, done: set[str]) -> Iterato
         if saved.dtype is present.dtype or saved.dtype not in FLOATING or present.dtype not in FLOATING:
             continue
         after = _name(present.dtype)
+        if masters and saved.dtype is torch.float32 and present.dtype in HALF:
+            continue
         if master_of(present) is not None and saved.dtype is torch.float32:
             yield Change("weight", name, before, f"{after} with a float32 master")
             continue
