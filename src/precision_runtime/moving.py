@@ -13,6 +13,27 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from precision_runtime.errors import ConfigurationError
+
+
+def refuse_meta(model: nn.Module, device: torch.device) -> None:
+    """Raise ``ConfigurationError`` where ``model`` has tensors on the meta device, and so no values to move."""
+    if device.type == "meta":
+        return
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    empty = [name for name, tensor in tensors if tensor.is_meta]
+    if empty:
+        more = f" and {len(empty) - _SHOWN} more" if len(empty) > _SHOWN else ""
+        raise ConfigurationError(
+            f"{type(model).__name__} has tensors on the meta device, which have no values that setup could cast or "
+            f"move to {device}: {', '.join(map(repr, empty[:_SHOWN]))}{more}. Load its weights first "
+            "(load_state_dict(state, assign=True)), or make it inside runtime.init_module(); runtime.plan(model) takes "
+            "it as it is"
+        )
+
+
+_SHOWN = 3
+
 
 def move(model: nn.Module, device: torch.device, optimizers: Iterable[Optimizer]) -> None:
     """Put ``model`` on ``device``; tied parameters stay tied, and ``optimizers`` hold the parameters that it has then.

@@ -32,7 +32,7 @@ from precision_runtime.ledger import Entry, Ledger
 from precision_runtime.lost import LostUpdates
 from precision_runtime.master import Masters, NoMasters
 from precision_runtime.modes import AUTO, Mode, parse_mode
-from precision_runtime.moving import move
+from precision_runtime.moving import move, refuse_meta
 from precision_runtime.optimizers import warn_of_fatal
 from precision_runtime.options import Options, islands_of, mode_of, names_of, recipe_of, with_dtypes
 from precision_runtime.plan import Plan
@@ -144,9 +144,10 @@ class PrecisionRuntime:
         return f"PrecisionRuntime({self.mode.name!r}, accelerator={str(self.device)!r}){chosen}"
 
     def init_module(self) -> AbstractContextManager[None]:
-        """Context in which modules are made on the device; when it ends they are in the mode, as after ``setup``.
+        """Context in which modules are made on the device; when it ends their tensors are as ``setup`` leaves them.
 
-        With one seed weights are the same in every mode, but for its roundings. In 64-true the default dtype is float64
+        How forward runs is left to ``setup``, which the whole model needs as well: without it nothing is autocast, and
+        inputs and outputs are not cast. With one seed weights are the same in every mode, but for its roundings. In 64-true the default dtype is float64
         inside, so that tables and complex tensors, also those that are no buffers, are made with all their digits.
         """
         return self.strategy.init_context()
@@ -193,6 +194,7 @@ class PrecisionRuntime:
         elif allow:
             raise ConfigurationError(f"allow={allow!r} names what strict=True may lose; give strict=True with it")
         forwarding.check(model, self.strategy)
+        refuse_meta(model, self.device)
         if self.device.type == "xla":  # a move makes new parameters there, and what follows belongs to those
             move(model, self.device, optimizers)
         held = list(model.parameters()) if optimizers else []

@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from precision_runtime.errors import ConfigurationError
 from precision_runtime.moving import move
+from precision_runtime.runtime import PrecisionRuntime
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -38,3 +40,16 @@ def test_where_parameters_are_new_objects_ties_and_optimizers_follow():
 def test_a_model_that_is_there_is_not_touched(monkeypatch):
     monkeypatch.setattr(nn.Module, "to", lambda *args: pytest.fail("moved"))
     move(Tied(), CPU, [])
+
+
+@pytest.mark.parametrize("mode", ["bf16-true", "16-mixed", "nf4", "transformer-engine", "apex-O2", "32-true"])
+def test_a_model_without_values_is_refused_before_anything_is_done(mode):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)).to("meta")
+    runtime = PrecisionRuntime(mode, "cpu")
+    message = (
+        "Sequential has tensors on the meta device.*to cpu: '0.weight', '0.bias', '1.weight' and 3 more.*init_module"
+    )
+    with pytest.raises(ConfigurationError, match=message):
+        runtime.setup(model)
+    assert all(type(part) is nn.Linear for part in model)
+    assert runtime.plan(model).rows
