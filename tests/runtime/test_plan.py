@@ -107,6 +107,15 @@ def test_it_foretells_it_for_models_that_are_not_float32(mode, dtype):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_model_that_is_set_up_already_has_nothing_left_to_swap(mode):
+    runtime = PrecisionRuntime(mode, "cpu")
+    model = runtime.setup(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)))
+    plan = runtime.plan(model)
+    assert not plan.of("layer") and not plan.refusals
+    assert all(row.before == row.after for row in plan.rows)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_it_foretells_which_layers_are_swapped(mode):
     runtime = PrecisionRuntime(mode, "cpu", ignore_modules="fc")
     model = net()

@@ -99,7 +99,8 @@ class QuantizedStrategy(HalfStrategy):
 
         embeddings = self.options.quantize_embeddings and self.mode.weights != "int8-training"
         kinds = (nn.Linear, nn.Embedding) if embeddings else (nn.Linear,)
-        return _untied(module, swaps(module, kinds, patterns, refuse))
+        found = [row for row in swaps(module, kinds, patterns, refuse) if not _is_quantized(row.layer)]
+        return _untied(module, found)
 
     def _swap(self, layers: list[nn.Module], ready: Ready) -> None:
         from precision_runtime.layers.swap import PACKED, swap
