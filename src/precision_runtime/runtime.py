@@ -147,7 +147,9 @@ class PrecisionRuntime:
         """Context in which modules are made on the device; when it ends their tensors are as ``setup`` leaves them.
 
         How forward runs is left to ``setup``, which the whole model needs as well: without it nothing is autocast, and
-        inputs and outputs are not cast. With one seed weights are the same in every mode, but for its roundings. In 64-true the default dtype is float64
+        inputs and outputs are not cast.
+
+        With one seed weights are the same in every mode, but for its roundings. In 64-true the default dtype is float64
         inside, so that tables and complex tensors, also those that are no buffers, are made with all their digits.
         """
         return self.strategy.init_context()
