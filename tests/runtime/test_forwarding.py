@@ -183,3 +183,65 @@ def test_set_up_models_compile_to_machine_code():
     model = set_up("bf16-mixed", nn.Linear(4, 4))
     x = torch.randn(2, 4)
     assert torch.allclose(torch.compile(model)(x), model(x), rtol=2**-8)
+
+
+class Steps(nn.Module):
+    """Its forward is a generator, which runs after the call."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+        self.seen = []
+
+    def forward(self, x):
+        while x is not None:
+            y = self.fc(x)
+            self.seen.append(y.dtype)
+            try:
+                x = yield {"y": y}
+            except KeyError:
+                x = torch.zeros(1, 64, dtype=x.dtype)
+        return y
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_forward_that_is_a_generator_runs_each_step_in_the_mode(mode):
+    runtime = PrecisionRuntime(mode, "cpu")
+    model = runtime.setup(Steps())
+    plain = runtime.setup(nn.Sequential(nn.Linear(64, 64)))
+    inside = []
+    plain[0].register_forward_hook(lambda module, args, y: inside.append(y.dtype))
+    x = torch.ones(1, 64)
+    expected = plain(x).dtype
+
+    running = model(x)
+    given = [next(running)["y"], running.send(x)["y"], running.throw(KeyError())["y"]]
+    assert not torch.is_autocast_enabled("cpu")  # the caller's code is none of the mode's
+    assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float32
+    with pytest.raises(StopIteration) as end:
+        running.send(None)
+    assert {y.dtype for y in (*given, end.value.value)} == {expected}
+    assert set(model.seen) == set(inside)
+    running = model(x)
+    next(running)
+    running.close()
+    assert list(running) == []
+
+
+@pytest.mark.parametrize("islands", [(), ("0",)])
+def test_scripting_a_set_up_model_is_refused_with_what_to_do(islands):
+    model = PrecisionRuntime("bf16-true", "cpu", islands=islands).setup(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ConfigurationError, match=r"source code of \w+\.forward.* Script the plain model and set up"):
+        torch.jit.script(model)
+    assert not hasattr(model.forward, "__globals__")  # as for any object that has none
+
+
+@pytest.mark.parametrize("mode", ["32-true", "64-true", "16-true", "bf16-mixed"])
+@pytest.mark.parametrize("rewrite", [torch.jit.script, torch.fx.symbolic_trace])
+def test_what_was_rewritten_first_can_be_set_up(rewrite, mode):
+    plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    x = torch.randn(2, 4)
+    expected = set_up(mode, copy.deepcopy(plain))(x)
+    found = set_up(mode, rewrite(plain))(x)
+    assert found.dtype is expected.dtype
+    assert torch.equal(found, expected)

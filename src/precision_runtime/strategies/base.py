@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from types import GeneratorType
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from precision_runtime.casting import (
     cast_tree,
     casts,
 )
+from precision_runtime.generating import generated
 from precision_runtime.modes import Mode
 from precision_runtime.options import Options
 from precision_runtime.swapping import Swap
@@ -87,7 +89,9 @@ class Strategy:
         return cast_tree(tree, self.input_table)
 
     def cast_outputs(self, tree: Any) -> Any:
-        """``tree`` as forward's caller gets it."""
+        """``tree`` as forward's caller gets it; a generator's values, and each of its steps runs in the mode."""
+        if isinstance(tree, GeneratorType):
+            return generated(tree, self.autocast, self.cast_inputs, self.cast_outputs)
         if not self.default_outputs:
             return tree
         return cast_tree(tree, TO[torch.get_default_dtype()])
@@ -121,9 +125,9 @@ class Strategy:
         else:
             args, kwargs = cast_call(args, kwargs, self.input_table)
             result = function(*args, **kwargs)
-        if not self.default_outputs:
-            return result
         if not isinstance(result, torch.Tensor):
             return self.cast_outputs(result)
+        if not self.default_outputs:
+            return result
         cast = CASTS_TO[torch.get_default_dtype()].get(result.dtype)
         return result if cast is None else cast(result)

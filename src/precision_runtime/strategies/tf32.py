@@ -48,4 +48,4 @@ class Tf32Strategy(Strategy):
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See ``Strategy.call``."""
         with products(self.device.type, self.emulated):
-            return function(*args, **kwargs)
+            return self.cast_outputs(function(*args, **kwargs))
