@@ -165,20 +165,22 @@ class Noise:
         def disturb(t: torch.Tensor) -> torch.Tensor:
             if is_count(t) or exact.holds(t):
                 return t
-            return self.single(t) if id(t) in single else self.result(t)
+            return self.result(t, single=id(t) in single)
 
         return map_tensors(disturb, value)
 
     def single(self, t: torch.Tensor) -> torch.Tensor:
-        """Disturb what the mode keeps in float32 by what that rounds, however narrow the rest; flags stay."""
-        return t if is_flag(t) else self._disturbed(t, max(1.0, self.width) * SINGLE, 0.0)
+        """Disturb what the mode keeps in float32 by what that rounds, however narrow the rest."""
+        return self._disturbed(t, max(1.0, self.width) * SINGLE, 0.0)
 
-    def result(self, t: torch.Tensor) -> torch.Tensor:
-        """Disturb what a module gave, or is given: as ``rounded``, but a tensor of flags stays what it is.
+    def result(self, t: torch.Tensor, single: bool = False) -> torch.Tensor:
+        """Disturb what a module gave, or is given: as ``rounded`` or ``single``, but a tensor of flags stays as it is.
 
         Every format holds 0 and 1, and code that multiplies a flag by a mask's constant makes infinity of 1 + u.
         """
-        return t if is_flag(t) else self.rounded(t)
+        if is_flag(t):
+            return t
+        return self.single(t) if single else self.rounded(t)
 
     def parameters(
         self, true: Mapping[int, torch.Tensor], used: set[int], moved: Mapping[int, torch.Tensor]

@@ -333,7 +333,7 @@ class Recorder:
         def disturb(t: torch.Tensor) -> torch.Tensor:
             if id(t) in constant:
                 return t
-            new = noise.single(t) if id(t) in spared else noise.result(t)
+            new = noise.result(t, single=id(t) in spared)
             if new is not t and new.requires_grad:
                 on_gradient(new, noise)
             return new

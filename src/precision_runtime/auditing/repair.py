@@ -42,7 +42,8 @@ def find_repair(report: Report, root: str, model: nn.Module, mode: Mode, device:
     after = search.judge(smallest)
     return Repair(
         islands=dict.fromkeys(smallest, wide(mode).removeprefix("float")), holds=True,
-        before=report.lost_bits, after=after.lost_bits, audits=search.audits, patch="\n".join(_patch(name, model, mode, device) for name in smallest),
+        before=report.lost_bits, after=after.lost_bits, audits=search.audits,
+        patch="\n".join(_patch(name, model, mode, device) for name in smallest),
     )  # fmt: skip
 
 
