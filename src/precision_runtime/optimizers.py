@@ -12,6 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from precision_runtime.formats import FORMATS
+from precision_runtime.pointing import users_line
 from precision_runtime.toll import is_readable, pieces
 
 
@@ -67,7 +68,7 @@ def warn_of_fatal(optimizer: Optimizer) -> None:
         if half and type(optimizer).__module__.startswith("torch.optim."):
             for dtype in sorted(half):
                 for hazard in _eps(type(optimizer).__name__, number, group, dtype):
-                    warnings.warn(str(hazard), OptimizerWarning, stacklevel=4)
+                    warnings.warn(str(hazard), OptimizerWarning, stacklevel=users_line())
 
 
 def _eps(name: str, number: int, group: dict[str, Any], dtype: str) -> Iterator[Hazard]:

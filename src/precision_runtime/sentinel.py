@@ -18,6 +18,7 @@ from torch._compile import _disable_dynamo
 from precision_runtime.casting import CastTable
 from precision_runtime.errors import PrecisionError, unknown_names
 from precision_runtime.forwarding import PatchedForward, is_suspended, patch_of
+from precision_runtime.pointing import users_line
 from precision_runtime.strategies import Strategy
 from precision_runtime.toll import Toll, toll
 from precision_runtime.tree import leaves
@@ -103,7 +104,7 @@ def _look(sentinel: Sentinel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     )
     if sentinel.answer == "raise":
         raise InputError(f"{message}. Forward has not run; inputs='warn' only warns.")
-    warnings.warn(message, InputWarning, stacklevel=2)
+    warnings.warn(message, InputWarning, stacklevel=users_line())
 
 
 def _sentence(path: str, tensor: torch.Tensor, target: torch.dtype, paid: Toll) -> str:

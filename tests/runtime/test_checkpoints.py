@@ -261,8 +261,9 @@ def test_torch_s_switches_are_told(tmp_path):
     runtime = PrecisionRuntime("bf16-mixed", "cpu")
     state = runtime.state_dict()
     state["switches"]["torch"]["deterministic"] = "True"
-    with pytest.warns(SwitchWarning, match="deterministic was 'True', is 'False'"):
+    with pytest.warns(SwitchWarning, match="deterministic was 'True', is 'False'") as told:
         runtime.load_state_dict(state)
+    assert [w.filename for w in told] == [__file__]
 
 
 def test_optimizers_are_counted(tmp_path):

@@ -93,7 +93,7 @@ def test_the_runtime_warns_at_setup_or_at_the_first_step_and_once():
             assert len(told) == given
             rt.step(opt)
             rt.step(opt)
-        assert [w.category for w in told] == [OptimizerWarning]
+        assert [(w.category, w.filename) for w in told] == [(OptimizerWarning, __file__)]
         assert "updates='stochastic' or 'kahan'" in str(told[0].message)
 
 

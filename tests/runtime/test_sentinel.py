@@ -69,8 +69,9 @@ def test_every_bad_leaf_is_named_by_its_parameter():
 
 def test_it_warns_and_goes_on():
     model = set_up(inputs="warn")
-    with pytest.warns(InputWarning, match=r"batch\.targets: 3 inf, 2 became 0"):
+    with pytest.warns(InputWarning, match=r"batch\.targets: 3 inf, 2 became 0") as told:
         out = model(batch())
+    assert [w.filename for w in told] == [__file__]
     assert torch.equal(out, set_up(inputs="keep")(batch()))
 
 

@@ -12,6 +12,7 @@ import torch
 from precision_runtime.checkpoints.changes import Change
 from precision_runtime.errors import ConfigurationError
 from precision_runtime.modes import Mode, parse_mode
+from precision_runtime.pointing import users_line
 
 if TYPE_CHECKING:
     from precision_runtime.runtime import PrecisionRuntime
@@ -84,7 +85,7 @@ def refuse_other(saved: Mapping[str, Any], runtime: PrecisionRuntime) -> None:
         warnings.warn(
             f"torch's switches differ from those that the state was saved under: {', '.join(told)}",
             SwitchWarning,
-            stacklevel=4,
+            stacklevel=users_line(),
         )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch.optim import Optimizer
 
 from precision_runtime.errors import ConfigurationError, unknown_names
+from precision_runtime.pointing import users_line
 from precision_runtime.scaling.agreement import anyone
 from precision_runtime.scaling.contract import Inspection, Scaler, check_keys
 from precision_runtime.scaling.gradients import Versions, multiply, parameters_of, refuse_half, unscale, versions
@@ -158,7 +159,7 @@ class RoundScaler(Scaler):
         if self.on_stall == "raise":
             raise StalledError(message)
         if self.on_stall == "warn":
-            warnings.warn(message, StallWarning, stacklevel=4)  # the line that called the runtime's step
+            warnings.warn(message, StallWarning, stacklevel=users_line())
 
     def explain(self) -> str:
         """Why the scale is what it is: the changes remembered, and what comes next."""
