@@ -26,6 +26,10 @@ _SUSPENDED: ContextVar[bool] = ContextVar("precision_runtime_suspended", default
 _SUSPENSIONS: list[None] = []  # one for each suspended() that is open in any thread; empty, nobody need ask further
 
 
+class ScriptingError(ConfigurationError, AttributeError):
+    """torch.jit.script was given a module that is set up. An ``AttributeError``, for others only ask for source code."""
+
+
 class PatchedMethod:
     """Base of the objects that stand in a module's ``__dict__`` in place of one of its methods.
 
@@ -68,6 +72,15 @@ class PatchedForward(PatchedMethod):
     @property
     def __code__(self) -> Any:
         return getattr(self.__wrapped__, "__code__", None)  # torch.export names the user's file in its messages
+
+    @property
+    def __globals__(self) -> Any:
+        name = type(self.module).__name__
+        raise ScriptingError(
+            f"torch.jit.script reads the source code of {name}.forward, in which the casts and the autocast of setup do "
+            f"not stand. Script the plain model and set up what that returns, or give the model that is set up to "
+            "torch.jit.trace, torch.export or torch.compile"
+        )
 
 
 class PatchedApply(PatchedMethod):
