@@ -249,3 +249,27 @@ def test_strategies_are_equal_by_mode_and_device():
     assert strategy_for(MODES["16-true"], CPU) == strategy_for(MODES["16-true"], CPU)
     assert strategy_for(MODES["16-true"], CPU) != strategy_for(MODES["bf16-true"], CPU)
     assert strategy_for(MODES["16-true"], CPU) != strategy_for(MODES["16-true"], torch.device("meta"))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # which 32-true takes, as without us
+@pytest.mark.parametrize("mode", MODES)
+def test_an_encoder_is_evaluated_under_a_padding_mask_as_it_is_trained(mode):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 64, dropout=0.0, batch_first=True)
+    model = PrecisionRuntime(mode, "cpu").setup(nn.TransformerEncoder(layer, 2))
+    padding = torch.tensor([[False, False, True], [False, False, False]])
+    x = torch.randn(2, 3, 64)
+    trained = model(x, src_key_padding_mask=padding).detach()
+    with torch.no_grad():
+        evaluated = model.eval()(x, src_key_padding_mask=padding)
+    assert torch.allclose(trained[~padding].double(), evaluated[~padding].double(), atol=0.3)  # delayed scales move
+
+
+@pytest.mark.parametrize("mode", MIXED)
+def test_mixed_modes_evaluate_an_encoder_in_half(mode):
+    layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+    rt = PrecisionRuntime(mode, "cpu")
+    model = rt.setup(nn.TransformerEncoder(layer, 2)).eval()
+    with torch.no_grad(), rt.ledger():
+        model(torch.randn(2, 3, 8))
+    assert rt.verify() > 0.9

@@ -14,6 +14,7 @@ from torch import nn
 from precision_runtime.accelerators import machine
 from precision_runtime.casting import cast_module, kept_in_float32
 from precision_runtime.errors import ConfigurationError
+from precision_runtime.fastpath import leave_fast_path
 from precision_runtime.float8 import native
 from precision_runtime.float8.layers import LAYERS, become_float8, is_float8
 from precision_runtime.float8.recipes import NVFP4BlockScaling, parse_recipe
@@ -91,9 +92,7 @@ class Float8Strategy(HalfStrategy):
         else:
             for layer in layers:
                 become_float8(layer, self.options.recipe)
-        for part in module.modules():
-            if isinstance(part, nn.TransformerEncoderLayer) and any(is_float8(m) for m in part.modules()):
-                part.activation_relu_or_gelu = 0  # its fast path hands weights to a kernel that knows no FP8
+        leave_fast_path(module, is_float8)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """One step of delayed scaling: calls of a layer inside share their scales."""

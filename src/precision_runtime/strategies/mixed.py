@@ -20,6 +20,7 @@ from torch import (
 )
 
 from precision_runtime.casting import HALF_TO_SINGLE, TO, CastTable, cast_call
+from precision_runtime.fastpath import leave_fast_path
 from precision_runtime.forwarding import is_suspended
 from precision_runtime.recurrent import protect
 from precision_runtime.strategies.base import Strategy
@@ -39,10 +40,16 @@ class MixedStrategy(Strategy):
         return HALF_TO_SINGLE, TO[dtype]
 
     def convert(self, module: nn.Module) -> nn.Module:
-        """See ``Strategy.convert``; float16 LSTMs on the CPU get the forward that works there."""
+        """See ``Strategy.convert``.
+
+        On the CPU float16 LSTMs get the forward that works there, and transformer encoders leave their fast path: torch
+        does so where autocast is on, but asks about CUDA's only, and evaluates in float32, or fails under a mask.
+        """
         super().convert(module)
-        if self.compute is torch.float16 and self.device.type == "cpu":
-            protect(module)
+        if self.device.type == "cpu":
+            leave_fast_path(module)
+            if self.compute is torch.float16:
+                protect(module)
         return module
 
     def autocast(self) -> AbstractContextManager[Any]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from precision_runtime.casting import cast_module
 from precision_runtime.errors import ConfigurationError, NothingToSwapError
+from precision_runtime.fastpath import leave_fast_path
 from precision_runtime.forwarding import PatchedForward
 from precision_runtime.islands import island_around, islands_in, plan_islands
 from precision_runtime.keeping import Island
@@ -126,12 +127,9 @@ class QuantizedStrategy(HalfStrategy):
 
     def _settle(self, module: nn.Module) -> None:
         """Have quantised layers, also those that the user made, compute in the mode's dtype."""
+        leave_fast_path(module, _is_quantized)
         for part in module.modules():
             if not _is_quantized(part):
-                if isinstance(part, nn.TransformerEncoderLayer) and (
-                    _is_quantized(part.linear1) or _is_quantized(part.linear2)
-                ):
-                    part.activation_relu_or_gelu = 0  # its fast path hands weights to a kernel that knows no codes
                 continue
             vars(part)["compute_dtype"] = self.compute
             if not isinstance(part, QuantizedLayer):
