@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pytest_precision.pristine import Picture
 
 
-_TRAINED_WITH = ("islands", "scaler")
+_TRAINED_WITH = ("islands", "scaler", "updates")
 
 
 class PrecisionContext(Values):
@@ -188,7 +188,7 @@ class PrecisionContext(Values):
         ignored = sorted(set(self._given) - set(_TRAINED_WITH))
         if ignored:
             raise ConfigurationError(
-                f"precision_ctx.train takes {' and '.join(_TRAINED_WITH)} of the marker's runtime, not "
+                f"precision_ctx.train takes {', '.join(_TRAINED_WITH)} of the marker's runtime, not "
                 f"{', '.join(ignored)}: its runtimes would not be what was asked for. Leave them out for this test"
             )
         budget = self.budget if budget is None else budget

@@ -304,10 +304,15 @@ def test_a_training_is_judged_in_the_lane(run):
     result.stdout.fnmatch_lines(["E  *training Linear for 20 steps fails in bf16-true*", "*1 hold, 1 fail*"])
 
 
+def test_a_training_is_judged_with_the_updates_of_its_marker(run):
+    kahan = TRAIN.replace(', "bf16-mixed"{more}', ', runtime={"updates": "kahan"}').replace("{more}", "")
+    run(kahan).assert_outcomes(passed=1)
+
+
 def test_a_training_refuses_what_it_would_ignore(run):
     result = run(TRAIN.format(more=', runtime={"ignore_modules": "x"}'))
     result.assert_outcomes(failed=2)
-    result.stdout.fnmatch_lines(["*precision_ctx.train takes islands and scaler of the marker*, not ignore_m*"])
+    result.stdout.fnmatch_lines(["*precision_ctx.train takes islands, scaler, updates of the marker*, not ignore_m*"])
 
 
 @pytest.mark.parametrize(
