@@ -27,7 +27,7 @@ _SUSPENSIONS: list[None] = []  # one for each suspended() that is open in any th
 
 
 class ScriptingError(ConfigurationError, AttributeError):
-    """torch.jit.script was given a module that is set up. An ``AttributeError``, for others only ask for source code."""
+    """torch.jit.script was given a module that is set up. An ``AttributeError``, for others ask with ``hasattr``."""
 
 
 class PatchedMethod:
@@ -77,8 +77,8 @@ class PatchedForward(PatchedMethod):
     def __globals__(self) -> Any:
         name = type(self.module).__name__
         raise ScriptingError(
-            f"torch.jit.script reads the source code of {name}.forward, in which the casts and the autocast of setup do "
-            f"not stand. Script the plain model and set up what that returns, or give the model that is set up to "
+            f"torch.jit.script reads the source code of {name}.forward, in which the casts and the autocast of setup "
+            "do not stand. Script the plain model and set up what that returns, or give the model that is set up to "
             "torch.jit.trace, torch.export or torch.compile"
         )
 

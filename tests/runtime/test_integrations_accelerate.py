@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from precision_runtime import PrecisionRuntime, audit
-from precision_runtime.errors import ConfigurationError, UnsupportedError
+from precision_runtime.errors import ConfigurationError, UnknownNameError, UnsupportedError
 from precision_runtime.integrations import accelerate as module
 from precision_runtime.integrations import plain
 from precision_runtime.integrations.accelerate import PrecisionAccelerator
@@ -147,6 +147,13 @@ def test_autocast_is_the_mode_s():
     assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float32
     with pytest.raises(ConfigurationError, match="leave autocast_handler out"), accelerator.autocast(object()):
         pass
+
+
+def test_a_mode_alone_is_a_runtime_on_its_device():
+    accelerator = PrecisionAccelerator("16-mixed", cpu=True)
+    assert (accelerator.runtime.mode.name, accelerator.runtime.device) == ("16-mixed", accelerator.device)
+    with pytest.raises(UnknownNameError, match="Did you mean '16-mixed'"):
+        PrecisionAccelerator("16-mixd", cpu=True)
 
 
 def test_without_accelerate_it_says_what_to_install(monkeypatch):

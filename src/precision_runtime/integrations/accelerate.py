@@ -27,17 +27,19 @@ class PrecisionAccelerator(Base):
 
     It is an ``Accelerator`` that leaves precision to ``runtime``: ``prepare`` sets models and optimizers up,
     ``backward``, ``clip_grad_norm_``, ``clip_grad_value_``, ``autocast``, ``optimizer.step()``, ``step_was_skipped``,
-    ``save_state`` and ``load_state`` go through it. The rest of the arguments is the Accelerator's.
+    ``save_state`` and ``load_state`` go through it. A mode alone stands for the runtime of that mode on accelerate's
+    device. The rest of the arguments is the Accelerator's.
 
     Raises ``ConfigurationError`` where accelerate is to choose a precision of its own, ``UnsupportedError`` without
     accelerate.
     """
 
-    def __init__(self, runtime: PrecisionRuntime, **options: Any) -> None:
+    def __init__(self, mode: object, **options: Any) -> None:
         if Accelerator is None:
             raise UnsupportedError("this takes accelerate: pip install 'pytest-precision[accelerate]'")
         own = options.setdefault("mixed_precision", "no")
         super().__init__(**options)
+        runtime = mode if isinstance(mode, PrecisionRuntime) else PrecisionRuntime(mode, self.device)
         if self.mixed_precision != "no":
             raise ConfigurationError(
                 f"accelerate is to run {self.mixed_precision} (mixed_precision={own!r}, its configuration, or an "
