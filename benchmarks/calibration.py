@@ -267,7 +267,7 @@ def document(rows: list[dict[str, Any]]) -> str:
         "1% false alarms is about a case like these taken from all of them together: where a row has a larger limit",
         "than 4, the share above 4 in that row is what was seen there. Ops without a right value are left out: memory",
         "that nobody has set, casts that ask for another format than the mode's, the next number of the format. The",
-        "gradient of KLDivLoss is a true finding about torch: [found.md](found.md).",
+        "gradients of KLDivLoss and of matrix_exp are true findings about torch: [found.md](found.md).",
         "",
     ]
     lines += ["## Cases above the limit", ""]
