@@ -310,23 +310,22 @@ class Judge:
         self.doubtful = True
         for site, moves in self._moves(sheet, steep, sample, NARROW):
             entry = sheet.pairs[site]
-            if moves < AMPLIFICATION / 4.0 * share * NARROW * entry.u * entry.rms_reference:
+            if moves[len(moves) // 2] < AMPLIFICATION / 4.0 * share * NARROW * entry.u * entry.rms_reference:
                 del steep[site]
         if self.yardstick.mixed:
             for site, moves in self._moves(sheet, steep, sample, SINGLE / self.yardstick.u):
-                if moves > HELPLESS * judged[site].error:
+                if moves[0] > HELPLESS * judged[site].error:  # in every run: a near tie flips in some
                     del steep[site]
         return max(steep.values(), default=0.0)
 
     @staticmethod
-    def _moves(sheet: Sheet, sites: Iterable[Site], sample: Sampler, width: float) -> list[tuple[Site, float]]:
-        """How far runs disturbed by ``width`` u move each result, in the median."""
-        out: list[tuple[Site, float]] = []
+    def _moves(sheet: Sheet, sites: Iterable[Site], sample: Sampler, width: float) -> list[tuple[Site, list[float]]]:
+        """How far runs disturbed by ``width`` u move each result, the least first."""
+        out: list[tuple[Site, list[float]]] = []
         for site in list(sites):
             entry = sheet.pairs[site]
             runs = [sample(n, width) for n in range(NARROW_SAMPLES)]
-            moves = sorted(entry.spread([v]) for v in values(runs, site, entry)) or [0.0]
-            out.append((site, moves[len(moves) // 2]))
+            out.append((site, sorted(entry.spread([v]) for v in values(runs, site, entry)) or [0.0]))
         return out
 
     def _without_norms(self, verdict: Verdict, sheet: Sheet, sample: Sampler) -> None:
