@@ -391,6 +391,24 @@ def test_autocast_switched_off_around_every_product_is_a_remark() -> None:
     assert [r.kind for r in report.remarks] == ["not-applied"]
 
 
+class CastsUp(nn.Module):
+    """Keeps its weights in half, as the mode says, and computes in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x.float(), self.linear.weight.float(), self.linear.bias.float())
+
+
+@pytest.mark.parametrize("mode", ["16-true", "bf16-true"])
+def test_code_that_casts_up_what_the_mode_has_stored_is_a_remark(mode: str) -> None:
+    report = audit(CastsUp(), torch.randn(4, 8), mode=mode, gradients=False)
+    assert report.ok, report
+    assert [r.kind for r in report.remarks] == ["not-applied"]
+
+
 def test_an_applied_mode_is_not_called_unapplied() -> None:
     for mode in HALF:
         assert audit(nn.Linear(8, 8), torch.randn(4, 8), mode=mode).ok

@@ -9,10 +9,11 @@ from precision_runtime.modes import Mode
 from precision_runtime.record import Finding, Remark
 
 
-def not_applied(mode: Mode, watch: LowWatch) -> Finding | Remark | None:
+def not_applied(mode: Mode, watch: LowWatch, stored: bool) -> Finding | Remark | None:
     """What is to be said where no op produced the mode's dtype although there were products; None otherwise.
 
-    A remark where the code itself switches autocast off around all of them, a finding everywhere else.
+    A remark where the code itself switches autocast off around all of them, or casts up what it is given while all
+    weights are ``stored`` in the mode's dtype; a finding everywhere else.
     """
     if not mode.low or not watch.products or getattr(torch, mode.compute) in watch.frames[0].dtypes:
         return None
@@ -21,6 +22,8 @@ def not_applied(mode: Mode, watch: LowWatch) -> Finding | Remark | None:
             "not-applied",
             f"no op ran in {mode.compute}: the code switches autocast off around all of its products",
         )
+    if not mode.autocast and stored:
+        return Remark("not-applied", f"no op ran in {mode.compute}: the code casts up weights and inputs by itself")
     ran = ", ".join(sorted(str(d).removeprefix("torch.") for d in watch.products))
     return Finding(
         kind="not-applied", where="forward", module="", op=None, lost_bits=0.0, excess=0.0,

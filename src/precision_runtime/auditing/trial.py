@@ -82,7 +82,7 @@ class Trial(Runs):
         stage = self._stage(worlds, low, judge)
         search = (lambda verdict: blame_op(stage, verdict)) if self.explain else None
         findings, remarks = findings_of(judge, search)
-        findings = [*self._not_applied(), *findings]
+        findings = [*self._not_applied(worlds), *findings]
         if findings or judge.doubtful:
             findings = self._differing(worlds, reference) or findings
         self.remarks += remarks
@@ -294,12 +294,12 @@ class Trial(Runs):
             Remark("not-judged", f"the function gave {gave}{hint}, so it is judged by the calls of modules in it alone")
         )
 
-    def _not_applied(self) -> list[Finding]:
-        found = not_applied(self.mode, self._watch)
+    def _not_applied(self, worlds: Worlds) -> list[Finding]:
+        weights = [t.dtype for t in worlds.low_parameters.values() if t.is_floating_point()]
+        found = not_applied(self.mode, self._watch, set(weights) <= {getattr(torch, self.mode.params)})
         if isinstance(found, Remark):
             self.remarks.append(found)
-        # A true mode casts parameters; a function without any may upcast its inputs by itself.
-        return [found] if isinstance(found, Finding) and (self.mode.autocast or self._parameters) else []
+        return [found] if isinstance(found, Finding) else []
 
     # -- code that does not run -------------------------------------------------------------------------------------
 
