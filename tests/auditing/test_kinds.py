@@ -317,7 +317,7 @@ def test_the_rounding_of_a_norm_is_granted_and_what_a_formula_makes_of_it_is_not
     if bad:
         (finding,) = report.findings
         assert finding.kind == "instability"
-        assert "the rounding of a norm inside" in finding.message
+        assert "the rounding of a value inside" in finding.message
         assert "falls from" in str(finding.proof)
 
 

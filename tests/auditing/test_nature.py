@@ -93,3 +93,48 @@ def test_what_float32_cannot_hold_either_is_the_functions_nature(mode: str, step
 
     x = torch.rand(16, 12, generator=torch.Generator().manual_seed(0))
     assert audit(chaotic, x, mode=mode, gradients=False).ok
+
+
+class Shift(nn.Module):
+    """Moves coordinates by a large number, in the dtype that they have or in float32."""
+
+    def __init__(self, wide: bool) -> None:
+        super().__init__()
+        self.wide = wide
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.float() if self.wide and x.dtype in (torch.float16, torch.bfloat16) else x) + 500.0
+
+
+class Back(nn.Module):
+    """Takes what its part has added away again."""
+
+    def __init__(self, wide: bool, layers: int) -> None:
+        super().__init__()
+        self.shift, self.net = Shift(wide), nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape (n, 8) in and out."""
+        x = self.net(x)
+        return (self.shift(x) - 500.0).to(x.dtype)
+
+
+@pytest.mark.parametrize("layers", [0, 1, 6])
+@pytest.mark.parametrize("mode", ["16-true", "bf16-true"])
+def test_what_a_part_loses_and_its_caller_magnifies_is_found(mode: str, layers: int) -> None:
+    torch.manual_seed(0)
+    report = audit(Back(wide=False, layers=layers), draws(16, 8), mode=mode)
+    assert any("the rounding of a value inside" in f.message for f in report.findings), str(report)
+    torch.manual_seed(0)
+    assert audit(Back(wide=True, layers=layers), draws(16, 8), mode=mode).ok
+
+
+@pytest.mark.parametrize("mode", ["16-true", "bf16-true"])
+def test_a_deep_network_that_is_steep_in_what_goes_in_is_its_own_nature(mode: str) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(12)]
+    with torch.no_grad():
+        for layer in layers:
+            layer[0].weight *= 4.0  # each layer magnifies
+    report = audit(nn.Sequential(*layers), draws(16, 32), mode=mode, gradients=False)
+    assert report.ok, report

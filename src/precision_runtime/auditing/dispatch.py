@@ -166,7 +166,7 @@ class TrueDouble(OwnMode):
         except (RuntimeError, NotImplementedError) as error:
             return self._narrow(func, args, kwargs, writes, error)
         if self._noise is not None and func._schema.name in _NORMS and next(self.marks[-1], False):
-            return self._noise(result) if self._noise.norms else result
+            return self._noise(result) if self._noise.inside else result
         return result
 
     def _disturbed(self, func: Any, args: Sequence[Any]) -> Sequence[Any]:

@@ -52,21 +52,22 @@ NARROW_SAMPLES = 4
 # An island in FP32 has to help. Where runs disturbed as FP32 rounds move the result by more than this share of the
 # error, nearly all digits are lost in FP32, too: such a function is chaotic, and that is its nature.
 HELPLESS = 1 / 16
-# The result of a norm is no operand. Its rounding is granted, because it is the same for a whole row and nothing
-# averages it out; but a formula that turns it into more than AMPLIFICATION roundings of its own result is unstable by
-# definition: the function is not as steep as that in what it was given.
+# The result of a norm, or of a module inside, is no operand of the function. Its rounding is granted, as a deep model
+# has many and a norm's is the same for a whole row; but a formula that turns it into more than AMPLIFICATION roundings
+# of its own result is unstable by definition (boxes beside an offset of 640 pixels a class, which is subtracted again;
+# a total that runs far above what is left of it): the function is not as steep as that in what it was given.
 BARE_SAMPLES = 4
 
 
 class Sampler(Protocol):
     """Makes perturbed runs."""
 
-    def __call__(self, number: int, width: float, norms: bool = True) -> Sample:
-        """The run of this number, disturbed by ``width`` u; without ``norms`` their results are not disturbed."""
+    def __call__(self, number: int, width: float, inside: bool = True) -> Sample:
+        """The run of this number, disturbed by ``width`` u; without ``inside`` at inputs and weights only."""
 
 
-def without_norms(entry: Pair, bare: Judgement) -> float:
-    """The excess where runs that leave norms as they are gave ``bare``: AMPLIFICATION roundings are granted besides."""
+def bare_excess(entry: Pair, bare: Judgement) -> float:
+    """The excess where runs disturbed from outside only gave ``bare``: AMPLIFICATION roundings are granted besides."""
     if entry.decision or bare.settled or not 0.0 < bare.excess < math.inf:
         return 0.0
     return entry.rms_error / math.hypot(entry.rms_error / bare.excess, AMPLIFICATION * entry.u * entry.rms_reference)
@@ -119,8 +120,8 @@ class Judge:
             failed = self._visit_all(call.children, twins, enclosing)
             sheet = self.sheet(call, twin, gradients=back)
 
-            def within(number: int, width: float, norms: bool = True) -> Sample:
-                return enclosing(number, width, norms).inner[twin.name, twin.index]
+            def within(number: int, width: float, inside: bool = True) -> Sample:
+                return enclosing(number, width, inside).inner[twin.name, twin.index]
 
             judged = self.decide(sheet, within, failed, call)
             return failed | self._note(call, judged, sheet, failed, within)
@@ -290,7 +291,7 @@ class Judge:
             if where == "forward" and sample is not None and not verdict.failed and not flips and not coarse:
                 verdict.amplification = self._amplification(judged, sheet, sample)
                 if verdict.amplification > 0.0 and not self.yardstick.mixed:
-                    self._without_norms(verdict, sheet, sample)
+                    self._bare(verdict, sheet, sample)
             self.verdicts.append(verdict)
             if verdict.failed or (self.yardstick.mixed and verdict.amplification > 0.0):
                 out.add(where)
@@ -328,19 +329,20 @@ class Judge:
             out.append((site, sorted(entry.spread([v]) for v in values(runs, site, entry)) or [0.0]))
         return out
 
-    def _without_norms(self, verdict: Verdict, sheet: Sheet, sample: Sampler) -> None:
-        """Fail a steep call whose error only the disturbed results of norms inside it explain."""
+    def _bare(self, verdict: Verdict, sheet: Sheet, sample: Sampler) -> None:
+        """Fail a steep call whose error only disturbed results of modules and norms inside it explain."""
         limit = self.yardstick.limit
         again = sheet.only(("forward", j.tensor) for j in verdict.judgements)
-        bare = again.judge(limit, [sample(n, 1.0, norms=False) for n in range(BARE_SAMPLES)])
+        bare = again.judge(limit, [sample(n, 1.0, inside=False) for n in range(BARE_SAMPLES)])
         for number, before in enumerate(verdict.judgements):
             entry = sheet.pairs["forward", before.tensor]
-            excess = without_norms(entry, bare["forward", before.tensor])
-            if excess > limit:
+            excess = bare_excess(entry, bare["forward", before.tensor])
+            nothing = entry.u * before.error > before.scale  # not even a format of twice the digits has any of it
+            if excess > limit and not nothing:
                 verdict.judgements[number] = replace(
                     before, excess=excess, worst=entry.farthest(limit * entry.rms_error / excess),
                     note=f"the error is {excess:.3g} times what rounding the operands must cost: the rounding of a "
-                    "norm inside, which is no operand, is magnified so much",
+                    "value inside, of a module or a norm, is magnified so much, and not that of what goes in",
                 )  # fmt: skip
                 verdict.failed = verdict.bare = True
         if verdict.failed:

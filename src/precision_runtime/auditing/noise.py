@@ -84,13 +84,13 @@ class Noise:
 
     Where values are small, rounding costs half a ``step`` of the format's subnormal numbers instead: ``rounded`` adds
     step xi / 2. Exact zeros stay. Steps that float32 cannot even resolve are left out. ``width`` multiplies all of it.
-    ``norms`` says whether results of norms are disturbed, too, though they are no operands.
+    ``inside`` says whether results of modules and norms are disturbed, too, and not inputs and weights only.
     """
 
     def __init__(
-        self, u: float, seed: int, sample: int, step: float = 0.0, width: float = 1.0, norms: bool = True
+        self, u: float, seed: int, sample: int, step: float = 0.0, width: float = 1.0, inside: bool = True
     ) -> None:
-        self.width, self.norms = width, norms
+        self.width, self.inside = width, inside
         self.u, self.step = width * u, width * step if step > FORMATS["float32"].smallest_normal else 0.0
         self._seed = (seed * 1_000_003 + sample * 7919 + 12345) % 2**63
         self._generator = torch.Generator().manual_seed(self._seed)

@@ -13,7 +13,7 @@ from torch import nn
 
 from precision_runtime.auditing.dispatch import LowWatch, TrueDouble
 from precision_runtime.auditing.dithering import Dithering
-from precision_runtime.auditing.judge import AMPLIFICATION, Judge, without_norms
+from precision_runtime.auditing.judge import AMPLIFICATION, Judge, bare_excess
 from precision_runtime.auditing.lane import lane
 from precision_runtime.auditing.observer import Observer
 from precision_runtime.auditing.randomness import reseed
@@ -194,7 +194,7 @@ class Scene:
         if open_:
             judged.update(sheet.only(open_).judge(yardstick.limit, self._perturbed(open_)))
         if self.verdict.bare:
-            return max(without_norms(sheet.pairs[site], judged[site]) for site in wanted)
+            return max(bare_excess(sheet.pairs[site], judged[site]) for site in wanted)
         return max((j.score for j in judged.values()), default=math.inf)
 
     def sheet(self, run: Run, value: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> Sheet | None:
@@ -236,8 +236,8 @@ class Scene:
         while len(self._samples) < SAMPLES:
             number = len(self._samples)
             if call is not None:
-                self._samples.append(judge.replays.sample(call, number, 1.0, norms=not self.verdict.bare))
+                self._samples.append(judge.replays.sample(call, number, 1.0, inside=not self.verdict.bare))
             else:
                 assert judge.sampler is not None
-                self._samples.append(judge.sampler(number, 1.0, norms=not self.verdict.bare))
+                self._samples.append(judge.sampler(number, 1.0, inside=not self.verdict.bare))
         return self._samples

@@ -324,6 +324,8 @@ class Recorder:
 
     def _disturbed(self, module: nn.Module, output: Any, twin: Call | None) -> Any:
         assert self.perturb is not None
+        if not self.perturb.inside:
+            return output
         name = self._names[id(module)]
         noise = self.perturb.fixed(name) if name in self.alike else self.perturb
         constant, spared = _by_id(output, twin.tables if twin is not None else frozenset()), set[int]()

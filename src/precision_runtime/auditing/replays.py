@@ -40,9 +40,9 @@ class Yardstick:
     masking: Masking
     products: float = 0.0  # unit roundoff of the operands of matrix products, where it is a coarser one
 
-    def noise(self, u: float, number: int, width: float, norms: bool = True) -> Noise:
+    def noise(self, u: float, number: int, width: float, inside: bool = True) -> Noise:
         """The disturbance of the ``number``-th perturbed run of something that costs ``u``."""
-        return Noise(u, self.seed, number, self.step, width, norms)
+        return Noise(u, self.seed, number, self.step, width, inside)
 
 
 class Replays:
@@ -106,9 +106,9 @@ class Replays:
         except Exception:
             return None
 
-    def sample(self, call: Call, number: int, width: float, norms: bool = True, gradients: bool = True) -> Sample:
+    def sample(self, call: Call, number: int, width: float, inside: bool = True, gradients: bool = True) -> Sample:
         """The call's ``number``-th perturbed run, disturbed by ``width`` times the mode's unit roundoff."""
-        noise = self.yardstick.noise(self.yardstick.own_u(call, "forward"), number, width, norms)
+        noise = self.yardstick.noise(self.yardstick.own_u(call, "forward"), number, width, inside)
         used = {id(p) for p in call.module.parameters()}
         parameters = self.worlds.disturbed(noise, used, moved_weights(call.subtree()))
         tables = {k: b for k, b in self.worlds.true_buffers.items() if k[0] in {id(m) for m in call.module.modules()}}

@@ -109,7 +109,7 @@ class Verdict:
     amplification: float = 0.0
     failed: bool = False
     consequence: bool = False  # a call inside this one failed in the same direction
-    bare: bool = False  # failed by perturbed runs that left the results of norms as they were
+    bare: bool = False  # failed by runs that were perturbed from outside only
 
     @property
     def measured(self) -> float:

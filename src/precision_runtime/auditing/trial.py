@@ -189,7 +189,7 @@ class Trial(Runs):
         sheet = self._sheet(low, reference.run, true_grads, names)
         forward_u = self._u_of(None)
 
-        def sample(number: int, width: float, norms: bool = True) -> Sample:
+        def sample(number: int, width: float, inside: bool = True) -> Sample:
             # Decisions were rounded in other places in other modes.
             own = self.mode.name if self._products or any(c.moved for c in low.calls) else ""
             decisions = tuple(d for c in low.calls for d in c.trace.decisions)
@@ -197,11 +197,11 @@ class Trial(Runs):
             tables = tuple((c.name, c.index, c.tables) for c in low.calls if c.tables)
             kept = self._spared, low.left()
             key = (
-                width * forward_u, width * yardstick.step, own, self._exact.key, decisions, norms, given, tables, kept,
+                width * forward_u, width * yardstick.step, own, self._exact.key, decisions, inside, given, tables, kept,
             )  # fmt: skip
             made = reference.samples.setdefault(key, [])
             while len(made) <= number:
-                run, _ = self._true(worlds, yardstick.noise(forward_u, len(made), width, norms))
+                run, _ = self._true(worlds, yardstick.noise(forward_u, len(made), width, inside))
                 made.append(sample_of(run, names))
             return made[number]
 
