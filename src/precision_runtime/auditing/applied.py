@@ -9,7 +9,7 @@ from precision_runtime.modes import Mode
 from precision_runtime.record import Finding, Remark
 
 
-def not_applied(mode: Mode, watch: LowWatch, stored: bool) -> Finding | Remark | None:
+def not_applied(mode: Mode, watch: LowWatch, stored: bool = False) -> Finding | Remark | None:
     """What is to be said where no op produced the mode's dtype although there were products; None otherwise.
 
     A remark where the code itself switches autocast off around all of them, or casts up what it is given while all
