@@ -337,7 +337,8 @@ class Judge:
         for number, before in enumerate(verdict.judgements):
             entry = sheet.pairs["forward", before.tensor]
             excess = bare_excess(entry, bare["forward", before.tensor])
-            nothing = entry.u * before.error > before.scale  # not even a format of twice the digits has any of it
+            # A full mode has no float32 to go to: what not even a format of twice the digits has any of is nothing.
+            nothing = self.yardstick.tables and entry.u * before.error > before.scale
             if excess > limit and not nothing:
                 verdict.judgements[number] = replace(
                     before, excess=excess, worst=entry.farthest(limit * entry.rms_error / excess),
