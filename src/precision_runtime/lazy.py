@@ -9,6 +9,15 @@ from precision_runtime.errors import ConfigurationError
 from precision_runtime.modes import Mode
 
 
+def lazy_layers(model: nn.Module) -> dict[str, str]:
+    """The layers of ``model`` that have no weights yet: their kinds by their paths."""
+    return {
+        path or "the model itself": type(part).__name__
+        for path, part in model.named_modules()
+        if isinstance(part, LazyModuleMixin) and part.has_uninitialized_params()  # type: ignore[misc]
+    }
+
+
 def refuse_lazy(model: nn.Module, mode: Mode) -> None:
     """Raise ``ConfigurationError`` where ``model`` has lazy layers without weights and ``mode`` needs these.
 
@@ -17,11 +26,7 @@ def refuse_lazy(model: nn.Module, mode: Mode) -> None:
     """
     if not mode.masters and mode.family not in ("quantized", "float8"):
         return
-    lazy = {
-        path or "the model itself": type(part).__name__
-        for path, part in model.named_modules()
-        if isinstance(part, LazyModuleMixin) and part.has_uninitialized_params()  # type: ignore[misc]
-    }
+    lazy = lazy_layers(model)
     if lazy:
         what = "keeps float32 masters of weights" if mode.masters else "puts other layers in the place of nn.Linear"
         raise ConfigurationError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from precision_runtime.auditing.dispatch import LowWatch
@@ -9,11 +11,11 @@ from precision_runtime.modes import Mode
 from precision_runtime.record import Finding, Remark
 
 
-def not_applied(mode: Mode, watch: LowWatch, stored: bool = False) -> Finding | Remark | None:
+def not_applied(mode: Mode, watch: LowWatch, weights: Iterable[torch.Tensor]) -> Finding | Remark | None:
     """What is to be said where no op produced the mode's dtype although there were products; None otherwise.
 
     A remark where the code itself switches autocast off around all of them, or casts up what it is given while all
-    weights are ``stored`` in the mode's dtype; a finding everywhere else.
+    floating ``weights`` (or there are none) are in the mode's dtype; a finding everywhere else.
     """
     if not mode.low or not watch.products or getattr(torch, mode.compute) in watch.frames[0].dtypes:
         return None
@@ -22,7 +24,8 @@ def not_applied(mode: Mode, watch: LowWatch, stored: bool = False) -> Finding | 
             "not-applied",
             f"no op ran in {mode.compute}: the code switches autocast off around all of its products",
         )
-    if not mode.autocast and stored:
+    stored = {t.dtype for t in weights if t.is_floating_point()} <= {getattr(torch, mode.params)}
+    if stored and not mode.autocast:
         return Remark("not-applied", f"no op ran in {mode.compute}: the code casts up weights and inputs by itself")
     ran = ", ".join(sorted(str(d).removeprefix("torch.") for d in watch.products))
     return Finding(

@@ -36,7 +36,7 @@ class Yardstick:
     own_u: Callable[[Call | None, str], float]
     exact: Exact
     alike: frozenset[str]  # modules that run again during backward
-    tables: bool  # whether buffers, too, are operands that the mode rounds
+    full: bool  # a mode without a wider format to compute in: tables (buffers), too, are operands that it rounds
     masking: Masking
     products: float = 0.0  # unit roundoff of the operands of matrix products, where it is a coarser one
 
@@ -112,7 +112,7 @@ class Replays:
         used = {id(p) for p in call.module.parameters()}
         parameters = self.worlds.disturbed(noise, used, moved_weights(call.subtree()))
         tables = {k: b for k, b in self.worlds.true_buffers.items() if k[0] in {id(m) for m in call.module.modules()}}
-        buffers = noise.buffers(tables) if self.yardstick.tables else None
+        buffers = noise.buffers(tables) if self.yardstick.full else None
         with (
             parameters as disturbed,
             self.worlds.true(parameters=disturbed, buffers=buffers, state=call.state),

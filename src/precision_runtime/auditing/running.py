@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from precision_runtime import forwarding
 from precision_runtime.auditing.calls import moved_weights
@@ -32,6 +31,7 @@ from precision_runtime.casting import TO, cast_module, cast_tree
 from precision_runtime.errors import ConfigurationError
 from precision_runtime.formats import FORMATS
 from precision_runtime.islands import keep
+from precision_runtime.lazy import lazy_layers
 from precision_runtime.modes import Mode
 from precision_runtime.record import Remark
 from precision_runtime.strategies import Strategy
@@ -76,11 +76,10 @@ class Runs:
         self.limit = 2.0**budget
         self.roots = find_modules(function, args, kwargs)
         for root in self.roots.values():
-            lazy = [n for n, t in (*root.named_parameters(), *root.named_buffers()) if is_lazy(t)]
-            if lazy:
+            for path, kind in lazy_layers(root).items():
                 raise ConfigurationError(
-                    f"{name} cannot be judged yet: {lazy[0]!r} is a parameter of a lazy module, which gets its shape "
-                    "from the first batch. Run the model once before"
+                    f"{name} cannot be judged yet: {path!r} ({kind}) is a lazy layer, which gets its weights from the "
+                    "first batch. Run the model once before"
                 )
         if strategy.device.type != "cpu":
             self.args, self.kwargs = map_tensors(lambda t: t.to(strategy.device), (args, kwargs))

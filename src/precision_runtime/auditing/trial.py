@@ -295,8 +295,7 @@ class Trial(Runs):
         )
 
     def _not_applied(self, worlds: Worlds) -> list[Finding]:
-        weights = [t.dtype for t in worlds.low_parameters.values() if t.is_floating_point()]
-        found = not_applied(self.mode, self._watch, set(weights) <= {getattr(torch, self.mode.params)})
+        found = not_applied(self.mode, self._watch, worlds.low_parameters.values())
         if isinstance(found, Remark):
             self.remarks.append(found)
         return [found] if isinstance(found, Finding) else []

@@ -48,7 +48,7 @@ class Examination:
             true = self.trainings.double(course)
         except Exception as error:
             raise self._no_reference(error, course.steps) from error
-        findings = [*self._not_applied(), *self._judge(low, course, true)]
+        findings = [*self._not_applied(low), *self._judge(low, course, true)]
         told = " ".join(f.message for f in findings)
         self.notes.remarks += [Remark("hazard", text) for text in low.hazards if text.rstrip(".") not in told]
         if self.trainings.fallbacks:
@@ -126,8 +126,8 @@ class Examination:
         if isinstance(low.optimizer, Optimizer) and not low.runtime.updates.wide:
             self.notes.remarks += [Remark("hazard", text) for text in idle_decay(low.optimizer)]
 
-    def _not_applied(self) -> list[Finding]:
-        found = not_applied(self.mode, self.seen)
+    def _not_applied(self, low: LowRun) -> list[Finding]:
+        found = not_applied(self.mode, self.seen, low.model.parameters())
         if isinstance(found, Remark):
             self.notes.remarks.append(found)
         return [found] if isinstance(found, Finding) else []
