@@ -80,8 +80,7 @@ def main() -> int:
         "audit bf16-true": seconds["audit bf16-true"] / one,
         "audit bf16-mixed": seconds["audit bf16-mixed"] / one,
         "with gradients": seconds["with gradients"] / seconds["FP64 both ways"],
-        "six modes / one mode": (all_audits - all_plain)
-        / (seconds["audit bf16-true"] - seconds["plain bf16-true"]),
+        "six modes / one mode": (all_audits - all_plain) / (seconds["audit bf16-true"] - seconds["plain bf16-true"]),
     }
     print(f"one FP64 forward: {one * 1e3:.1f} ms; low runs of six modes: {all_plain / one:.1f} FP64 forwards")
     for name, ratio in ratios.items():

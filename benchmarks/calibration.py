@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from precision_runtime import audit
-from precision_runtime.auditing.noise import is_count
+from precision_runtime.auditing.executing.noise import is_count
 from precision_runtime.errors import AuditError
 
 LOW_BUDGET = 1.0  # bits: scores above 2 are measured

@@ -9,10 +9,10 @@ from typing import Any
 
 from precision_runtime import Report
 from precision_runtime.auditing import Originals, audit
-from precision_runtime.auditing.discover import find_modules
+from precision_runtime.auditing.executing.discover import find_modules
 from precision_runtime.errors import PrecisionError
-from precision_runtime.forwarding import is_set_up
 from precision_runtime.record import Repair
+from precision_runtime.setup.forwarding import is_set_up
 from pytest_precision.pristine import Picture
 from pytest_precision.shrinking import RAISED
 

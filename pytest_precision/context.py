@@ -20,9 +20,9 @@ from pytest_precision.values import Values
 
 if TYPE_CHECKING:
     from precision_runtime import Headroom, Ledger, StepResult
-    from precision_runtime.gates import Gate
-    from precision_runtime.lost import LostUpdates
-    from precision_runtime.plan import Plan
+    from precision_runtime.planning.plan import Plan
+    from precision_runtime.stepping.gates import Gate
+    from precision_runtime.stepping.lost import LostUpdates
     from pytest_precision.pristine import Picture
 
 

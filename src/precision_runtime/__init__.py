@@ -13,11 +13,10 @@ if TYPE_CHECKING:
     from precision_runtime.auditing import audit as audit
     from precision_runtime.capability import Support as Support
     from precision_runtime.capability import support as support
-    from precision_runtime.keeping import Island as Island
-    from precision_runtime.ledger import Ledger as Ledger
+    from precision_runtime.counting.ledger import Ledger as Ledger
     from precision_runtime.modes import MODES as MODES
     from precision_runtime.modes import parse_mode as parse_mode
-    from precision_runtime.plan import Plan as Plan
+    from precision_runtime.planning.plan import Plan as Plan
     from precision_runtime.ranging import Headroom as Headroom
     from precision_runtime.ranging import Sensitivity as Sensitivity
     from precision_runtime.ranging import headroom as headroom
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from precision_runtime.record import Report as Report
     from precision_runtime.runtime import PrecisionRuntime as PrecisionRuntime
     from precision_runtime.runtime import StepResult as StepResult
+    from precision_runtime.setup.keeping import Island as Island
     from precision_runtime.shrinking import Shrunk as Shrunk
     from precision_runtime.shrinking import shrink as shrink
     from precision_runtime.training import audit_training as audit_training
@@ -34,9 +34,9 @@ _HOME = {
     "MODES": "modes",
     "Finding": "record",
     "Headroom": "ranging",
-    "Island": "keeping",
-    "Ledger": "ledger",
-    "Plan": "plan",
+    "Island": "setup.keeping",
+    "Ledger": "counting.ledger",
+    "Plan": "planning.plan",
     "PrecisionRuntime": "runtime",
     "Report": "record",
     "Sensitivity": "ranging",

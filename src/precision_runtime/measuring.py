@@ -10,9 +10,9 @@ from torch import nn
 
 from precision_runtime.environment import ignored
 from precision_runtime.layers.figures import bits_per_parameter
-from precision_runtime.master import master_of
 from precision_runtime.modes import Mode
 from precision_runtime.runtime import PrecisionRuntime
+from precision_runtime.stepping.master import master_of
 
 # Wide enough that what a quantised layer stores beside its codes (scales of blocks and rows) weighs as in real models.
 _WIDTH = 1024

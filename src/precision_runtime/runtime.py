@@ -14,34 +14,34 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from precision_runtime import forwarding
 from precision_runtime.accelerators import name_of, resolve
 from precision_runtime.automatic import placed
-from precision_runtime.bypass import NoWatch, watch_for
 from precision_runtime.capability import support
 from precision_runtime.casting import HALF_TO_SINGLE
 from precision_runtime.checkpoints.description import KEYS, describe, refuse_other
-from precision_runtime.closures import step_with_closure
+from precision_runtime.counting.ledger import Entry, Ledger
 from precision_runtime.environment import chosen_accelerator
 from precision_runtime.errors import ConfigurationError, PrecisionError, UnsupportedError
-from precision_runtime.gates import Gate
-from precision_runtime.islands import islands_in, keep
-from precision_runtime.keeping import Island
-from precision_runtime.lazy import refuse_lazy
-from precision_runtime.ledger import Entry, Ledger
-from precision_runtime.lost import LostUpdates
-from precision_runtime.master import Masters, NoMasters
 from precision_runtime.modes import AUTO, Mode, parse_mode
-from precision_runtime.moving import move, refuse_meta
-from precision_runtime.optimizers import warn_of_fatal
 from precision_runtime.options import Options, islands_of, mode_of, names_of, recipe_of, with_dtypes
-from precision_runtime.plan import Plan
+from precision_runtime.planning.plan import Plan
 from precision_runtime.scaling import NullScaler, Scaler, scaler_from
 from precision_runtime.scaling.agreement import refuse_flat
-from precision_runtime.sentinel import answer_of, watch
+from precision_runtime.setup import forwarding
+from precision_runtime.setup.islands import islands_in, keep
+from precision_runtime.setup.keeping import Island
+from precision_runtime.setup.lazy import refuse_lazy
+from precision_runtime.setup.moving import move, refuse_meta
+from precision_runtime.setup.sentinel import answer_of, watch
+from precision_runtime.setup.upcasting import warn_of_upcast
+from precision_runtime.stepping.bypass import NoWatch, watch_for
+from precision_runtime.stepping.closures import step_with_closure
+from precision_runtime.stepping.gates import Gate
+from precision_runtime.stepping.lost import LostUpdates
+from precision_runtime.stepping.master import Masters, NoMasters
+from precision_runtime.stepping.optimizers import warn_of_fatal
+from precision_runtime.stepping.updates import Updates, updates_from
 from precision_runtime.strategies import Strategy, strategy_for
-from precision_runtime.upcasting import warn_of_upcast
-from precision_runtime.updates import Updates, updates_from
 
 if TYPE_CHECKING:
     from precision_runtime.checkpoints.changes import Changes
@@ -160,7 +160,7 @@ class PrecisionRuntime:
         Changes nothing, makes no copy of the model; on the meta device it says which values are unknown. Raises as
         ``setup`` does for arguments that are none, islands that match nothing, or a model set up in another mode.
         """
-        from precision_runtime.planning import plan_for
+        from precision_runtime.planning.rules import plan_for
 
         given = (*(() if optimizer is None else (optimizer,)), *optimizers)
         _check_arguments(model, given)

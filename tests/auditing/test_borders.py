@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from precision_runtime import audit
-from precision_runtime.auditing.borders import Borders
-from precision_runtime.auditing.judge import Judge
-from precision_runtime.auditing.replays import Replays
+from precision_runtime.auditing.judging.borders import Borders
+from precision_runtime.auditing.judging.judge import Judge
+from precision_runtime.auditing.judging.replays import Replays
 from precision_runtime.record import Report
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from precision_runtime import audit
-from precision_runtime.auditing.defects import KNOWN_DEFECTS, KnownDefect, defect_of
+from precision_runtime.auditing.executing.defects import KNOWN_DEFECTS, KnownDefect, defect_of
 
 
 def _seen_here(defect: KnownDefect) -> bool:
@@ -111,7 +111,7 @@ def test_windows_that_overlap_are_a_remark_and_no_failure(kernel: int) -> None:
 
 def test_overlapping_windows_are_summed_in_half_and_would_be_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr("precision_runtime.auditing.dispatch.defect_of", lambda _: None)
+    monkeypatch.setattr("precision_runtime.auditing.executing.dispatch.defect_of", lambda _: None)
     report = audit(nn.Conv1d(1, 8, 512), torch.randn(1, 1, 1024), mode="16-true")
     assert [(f.kind, f.where) for f in report.findings] == [("kernel", "backward")], report
 

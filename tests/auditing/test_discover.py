@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from precision_runtime.auditing.discover import find_modules, name_of
+from precision_runtime.auditing.executing.discover import find_modules, name_of
 
 A, B = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU())
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from precision_runtime import audit
-from precision_runtime.auditing import replicas
-from precision_runtime.auditing.dispatch import Trace, TrueDouble
-from precision_runtime.auditing.dithering import Dithering
-from precision_runtime.auditing.replicas import BY_CHANCE
+from precision_runtime.auditing.blaming.dithering import Dithering
+from precision_runtime.auditing.executing.dispatch import Trace, TrueDouble
+from precision_runtime.auditing.judging import replicas
+from precision_runtime.auditing.judging.replicas import BY_CHANCE
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from precision_runtime.auditing.excess import TAIL_RATIO, Judgement, Pair, flatten_sample, pair
-from precision_runtime.auditing.spread import PIECE
+from precision_runtime.auditing.judging.excess import TAIL_RATIO, Judgement, Pair, flatten_sample, pair
+from precision_runtime.auditing.judging.spread import PIECE
 from precision_runtime.formats import FORMATS
 
 UNITS = st.sampled_from([f.unit_roundoff for f in FORMATS.values()])

@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional
 
 from precision_runtime import audit
-from precision_runtime.auditing import replicas
-from precision_runtime.auditing.noise import Noise
-from precision_runtime.auditing.sheet import Sheet
+from precision_runtime.auditing.executing.noise import Noise
+from precision_runtime.auditing.judging import replicas
+from precision_runtime.auditing.judging.sheet import Sheet
 
 
 @pytest.fixture(autouse=True)

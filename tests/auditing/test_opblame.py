@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 from precision_runtime import audit
-from precision_runtime.auditing import opblame, trial
-from precision_runtime.auditing.opblame import Blame, public_name
-from precision_runtime.auditing.proof import Stage
-from precision_runtime.auditing.sheet import Verdict
+from precision_runtime.auditing import trial
+from precision_runtime.auditing.blaming import opblame
+from precision_runtime.auditing.blaming.opblame import Blame, public_name
+from precision_runtime.auditing.blaming.proof import Stage
+from precision_runtime.auditing.judging.sheet import Verdict
 from precision_runtime.record import Finding
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from precision_runtime.auditing.dispatch import Trace, TrueDouble
-from precision_runtime.auditing.following import Following
-from precision_runtime.auditing.observer import Observer
-from precision_runtime.auditing.shadow import Shadows
-from precision_runtime.auditing.widened import Widening
+from precision_runtime.auditing.blaming.following import Following
+from precision_runtime.auditing.blaming.observer import Observer
+from precision_runtime.auditing.blaming.shadow import Shadows
+from precision_runtime.auditing.blaming.widened import Widening
+from precision_runtime.auditing.executing.dispatch import Trace, TrueDouble
 
 Code = Callable[[torch.Tensor], torch.Tensor]
 

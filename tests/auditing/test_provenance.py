@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from precision_runtime import audit
-from precision_runtime.auditing.dispatch import LowWatch
-from precision_runtime.auditing.provenance import Provenance
+from precision_runtime.auditing.executing.dispatch import LowWatch
+from precision_runtime.auditing.executing.provenance import Provenance
 
 
 def up(t: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from precision_runtime import audit
-from precision_runtime.auditing.randomness import RandomState, seeded
+from precision_runtime.auditing.executing.randomness import RandomState, seeded
 
 DRAWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "dropout": lambda x: F.dropout(x, 0.3),

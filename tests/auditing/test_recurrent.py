@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 from precision_runtime import audit
-from precision_runtime.auditing import recurrent
-from precision_runtime.auditing.noise import Noise
-from precision_runtime.auditing.recurrent import noisy_states, step_through
+from precision_runtime.auditing.executing import recurrent
+from precision_runtime.auditing.executing.noise import Noise
+from precision_runtime.auditing.executing.recurrent import noisy_states, step_through
 
 LAYERS = {
     "lstm": lambda **k: nn.LSTM(5, 7, **k),
@@ -191,7 +191,7 @@ def test_160_honest_steps_are_no_finding(kind: type[nn.RNNBase], gate: float, mo
 
 def test_without_noise_on_the_state_they_would_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = remembers(nn.LSTM, 6.0)
-    for module in ("replays", "running"):
+    for module in ("judging.replays", "executing.running"):
         monkeypatch.setattr(f"precision_runtime.auditing.{module}.noisy_states", lambda *_: nullcontext())
     assert audit(layer, torch.randn(1, 160, 8), mode="16-true", gradients=False).excess > 4
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from precision_runtime import audit
-from precision_runtime.auditing.dispatch import LowWatch
-from precision_runtime.auditing.roundings import Roundings
+from precision_runtime.auditing.executing.dispatch import LowWatch
+from precision_runtime.auditing.executing.roundings import Roundings
 
 MIXED = ["16-mixed", "bf16-mixed"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from precision_runtime import audit
-from precision_runtime.auditing.noise import Noise
+from precision_runtime.auditing.executing.noise import Noise
 from precision_runtime.formats import FORMATS
 
 HALF = ("16-true", "bf16-true", "16-mixed", "bf16-mixed")

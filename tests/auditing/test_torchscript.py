@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from precision_runtime import audit
-from precision_runtime.auditing.failing import first_line
-from precision_runtime.auditing.originals import Originals
-from precision_runtime.auditing.scripted import script_attributes, set_script_attribute
-from precision_runtime.auditing.worlds import Worlds
+from precision_runtime.auditing.executing.failing import first_line
+from precision_runtime.auditing.executing.originals import Originals
+from precision_runtime.auditing.executing.scripted import script_attributes, set_script_attribute
+from precision_runtime.auditing.executing.worlds import Worlds
 
 
 class Remembers(nn.Module):

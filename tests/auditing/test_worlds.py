@@ -14,8 +14,8 @@ from torch import nn
 
 from precision_runtime import PrecisionRuntime, audit
 from precision_runtime.auditing import Originals, References
-from precision_runtime.auditing.noise import Noise
-from precision_runtime.auditing.worlds import Worlds
+from precision_runtime.auditing.executing.noise import Noise
+from precision_runtime.auditing.executing.worlds import Worlds
 from precision_runtime.errors import AuditError
 
 MODES = ("16-true", "bf16-mixed", "64-true")

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from precision_runtime import PrecisionRuntime
+from precision_runtime.counting.ledger import Ledger
 from precision_runtime.errors import ConfigurationError
 from precision_runtime.integrations.fabric import FabricPrecision
-from precision_runtime.ledger import Ledger
 from precision_runtime.scaling import DynamicScaler
 
 # The peers' own warnings are part of what is shown here, not of our behaviour.

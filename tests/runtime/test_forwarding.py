@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from precision_runtime import forwarding
 from precision_runtime.errors import ConfigurationError
 from precision_runtime.modes import MODES
 from precision_runtime.runtime import PrecisionRuntime
+from precision_runtime.setup import forwarding
 
 
 class Net(nn.Module):

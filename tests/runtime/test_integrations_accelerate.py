@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from precision_runtime import PrecisionRuntime, audit
+from precision_runtime.counting.ledger import Ledger
 from precision_runtime.errors import ConfigurationError, UnknownNameError, UnsupportedError
 from precision_runtime.integrations import accelerate as module
 from precision_runtime.integrations import plain
 from precision_runtime.integrations.accelerate import PrecisionAccelerator
-from precision_runtime.ledger import Ledger
 from precision_runtime.scaling import DynamicScaler
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

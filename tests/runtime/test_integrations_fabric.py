@@ -9,11 +9,11 @@ pytest.importorskip("lightning", reason="Lightning is not installed")
 from lightning.fabric import Fabric
 
 from precision_runtime import PrecisionRuntime, audit
+from precision_runtime.counting.ledger import Ledger
 from precision_runtime.errors import ConfigurationError, UnknownNameError
 from precision_runtime.integrations import fabric as module
 from precision_runtime.integrations import plain
 from precision_runtime.integrations.lightning import FabricPrecision
-from precision_runtime.ledger import Ledger
 from precision_runtime.scaling import DynamicScaler
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

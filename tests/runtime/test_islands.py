@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from precision_runtime import forwarding
 from precision_runtime.auditing import audit
-from precision_runtime.auditing.originals import Originals
+from precision_runtime.auditing.executing.originals import Originals
 from precision_runtime.errors import ConfigurationError, UnknownNameError
-from precision_runtime.islands import islands_in, plan_islands
 from precision_runtime.modes import MODES
 from precision_runtime.options import Options, islands_of
 from precision_runtime.runtime import PrecisionRuntime
+from precision_runtime.setup import forwarding
+from precision_runtime.setup.islands import islands_in, plan_islands
+from precision_runtime.setup.swapping import swaps
 from precision_runtime.strategies import strategy_for
-from precision_runtime.swapping import swaps
 
 HALF = {"16-true": torch.float16, "bf16-true": torch.bfloat16}
 MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}

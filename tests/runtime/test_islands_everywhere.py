@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from precision_runtime.counting.ledger import FULL
 from precision_runtime.errors import PrecisionError
-from precision_runtime.ledger import FULL
 from precision_runtime.modes import MODES, Mode
 from precision_runtime.runtime import PrecisionRuntime
 from precision_runtime.strategies import strategy_for

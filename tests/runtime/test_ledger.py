@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
-from precision_runtime.bookkeeping import OUTSIDE
+from precision_runtime.counting.bookkeeping import OUTSIDE
+from precision_runtime.counting.ledger import Entry, Ledger
+from precision_runtime.counting.work import work_of
 from precision_runtime.errors import ConfigurationError, PrecisionError
-from precision_runtime.ledger import Entry, Ledger
 from precision_runtime.runtime import PrecisionRuntime
-from precision_runtime.work import work_of
 
 LOW = {"16-true": "float16", "bf16-true": "bfloat16", "16-mixed": "float16", "bf16-mixed": "bfloat16"}
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from precision_runtime import PrecisionRuntime, audit
 from precision_runtime.errors import ConfigurationError
-from precision_runtime.master import _MASTERS, master_of
 from precision_runtime.scaling import DynamicScaler
+from precision_runtime.stepping.master import _MASTERS, master_of
 
 HALF, SINGLE = torch.float16, torch.float32
 

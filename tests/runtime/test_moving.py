@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from precision_runtime.errors import ConfigurationError
-from precision_runtime.moving import move
 from precision_runtime.runtime import PrecisionRuntime
+from precision_runtime.setup.moving import move
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from precision_runtime.optimizers import OptimizerWarning, hazards
 from precision_runtime.runtime import PrecisionRuntime
+from precision_runtime.stepping.optimizers import OptimizerWarning, hazards
 
 HALF = {"16-true": torch.float16, "bf16-true": torch.bfloat16}
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from precision_runtime.errors import ConfigurationError, PrecisionWarning, UnknownNameError
 from precision_runtime.modes import MODES
-from precision_runtime.plan import LossyError, Plan, Row
+from precision_runtime.planning.plan import LossyError, Plan, Row
 from precision_runtime.runtime import PrecisionRuntime
 
 HALF = {"16-true": torch.float16, "bf16-true": torch.bfloat16}
@@ -559,6 +559,6 @@ def test_arguments_are_checked():
 
 
 def test_the_value_needs_no_torch_and_no_rich():
-    code = "import precision_runtime.plan, sys; print('torch' in sys.modules, 'rich' in sys.modules)"
+    code = "import precision_runtime.planning.plan, sys; print('torch' in sys.modules, 'rich' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

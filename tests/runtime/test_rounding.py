@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from precision_runtime.rounding import BITS, mixed, round_stochastically, words_like
+from precision_runtime.stepping.rounding import BITS, mixed, round_stochastically, words_like
 
 NUMPY = {torch.float16: np.float16, torch.bfloat16: ml_dtypes.bfloat16}
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from precision_runtime import forwarding
 from precision_runtime.errors import UnknownNameError
 from precision_runtime.runtime import PrecisionRuntime
-from precision_runtime.sentinel import InputError, InputWarning, Sentinel
+from precision_runtime.setup import forwarding
+from precision_runtime.setup.sentinel import InputError, InputWarning, Sentinel
 
 
 @dataclass

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from precision_runtime.errors import ConfigurationError
-from precision_runtime.islands import islands_in
 from precision_runtime.runtime import PrecisionRuntime
-from precision_runtime.tables import find_tables, law_of
+from precision_runtime.setup.islands import islands_in
+from precision_runtime.setup.tables import find_tables, law_of
 
 LADDER = "values in ascending or descending order, such as frequencies or positions"
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precision_runtime.formats import FORMATS
-from precision_runtime.toll import Toll, changed, is_readable, toll
+from precision_runtime.planning.toll import Toll, changed, is_readable, toll
 
 HALF = {torch.float16: np.float16, torch.bfloat16: ml_dtypes.bfloat16}
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from precision_runtime.errors import ConfigurationError, UnknownNameError
 from precision_runtime.runtime import PrecisionRuntime
-from precision_runtime.updates import Kahan, Stochastic
+from precision_runtime.stepping.updates import Kahan, Stochastic
 
 WIDE = ("stochastic", "kahan")
 HALF = {"bf16-true": torch.bfloat16, "16-true": torch.float16}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from precision_runtime.auditing.comparison import compare
-from precision_runtime.auditing.originals import Originals
+from precision_runtime.auditing.executing.originals import Originals
+from precision_runtime.auditing.executing.references import References
 from precision_runtime.auditing.procedure import audit
-from precision_runtime.auditing.references import References
 
 __all__ = ["Originals", "References", "audit", "compare"]

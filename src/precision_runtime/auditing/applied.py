@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from precision_runtime.auditing.dispatch import LowWatch
+from precision_runtime.auditing.executing.dispatch import LowWatch
 from precision_runtime.modes import Mode
 from precision_runtime.record import Finding, Remark
 

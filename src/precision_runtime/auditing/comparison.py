@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from precision_runtime.asked import budget_of
-from precision_runtime.auditing.excess import pair
-from precision_runtime.auditing.results import results
+from precision_runtime.auditing.executing.results import results
+from precision_runtime.auditing.judging.excess import pair
 from precision_runtime.errors import ConfigurationError
 from precision_runtime.modes import parse_mode
 from precision_runtime.record import Finding, Report, lost_bits

@@ -8,10 +8,10 @@ from typing import Any
 
 from precision_runtime.accelerators import resolve
 from precision_runtime.asked import budget_of, check_subject, seed_of
-from precision_runtime.auditing.discover import find_modules, name_of
-from precision_runtime.auditing.originals import Originals
-from precision_runtime.auditing.randomness import seeded
-from precision_runtime.auditing.references import References
+from precision_runtime.auditing.executing.discover import find_modules, name_of
+from precision_runtime.auditing.executing.originals import Originals
+from precision_runtime.auditing.executing.randomness import seeded
+from precision_runtime.auditing.executing.references import References
 from precision_runtime.auditing.repair import find_repair, wide
 from precision_runtime.auditing.trial import Trial
 from precision_runtime.automatic import placed

@@ -6,31 +6,31 @@ import math
 
 import torch
 
-from precision_runtime.auditing.again import Again, moved_inputs, moved_parameters
 from precision_runtime.auditing.applied import not_applied
-from precision_runtime.auditing.blame import findings_of
-from precision_runtime.auditing.borders import Borders
-from precision_runtime.auditing.calls import identical
-from precision_runtime.auditing.discover import as_written
-from precision_runtime.auditing.dispatch import LowWatch, TrueDouble, plain_double
-from precision_runtime.auditing.failing import error_finding, no_reference
-from precision_runtime.auditing.generators import Generators
-from precision_runtime.auditing.judge import Judge
-from precision_runtime.auditing.noise import Exact
-from precision_runtime.auditing.opblame import blame_op
-from precision_runtime.auditing.proof import Stage, dithered
-from precision_runtime.auditing.randomness import reseed
-from precision_runtime.auditing.recorder import Recorder
-from precision_runtime.auditing.references import Reference, Sample
-from precision_runtime.auditing.replays import Yardstick
-from precision_runtime.auditing.replicas import Replicas
-from precision_runtime.auditing.running import Runs
-from precision_runtime.auditing.runs import Run, execute
-from precision_runtime.auditing.screening import Screening
-from precision_runtime.auditing.sheet import Sheet, input_name, sample_of
-from precision_runtime.auditing.storage import output_loss, rounded_layers, stored_layers
-from precision_runtime.auditing.uses import by_name
-from precision_runtime.auditing.worlds import Worlds, widen_tree
+from precision_runtime.auditing.blaming.blame import findings_of
+from precision_runtime.auditing.blaming.opblame import blame_op
+from precision_runtime.auditing.blaming.proof import Stage, dithered
+from precision_runtime.auditing.executing.calls import identical
+from precision_runtime.auditing.executing.discover import as_written
+from precision_runtime.auditing.executing.dispatch import LowWatch, TrueDouble, plain_double
+from precision_runtime.auditing.executing.failing import error_finding, no_reference
+from precision_runtime.auditing.executing.generators import Generators
+from precision_runtime.auditing.executing.noise import Exact
+from precision_runtime.auditing.executing.randomness import reseed
+from precision_runtime.auditing.executing.recorder import Recorder
+from precision_runtime.auditing.executing.references import Reference, Sample
+from precision_runtime.auditing.executing.running import Runs
+from precision_runtime.auditing.executing.runs import Run, execute
+from precision_runtime.auditing.executing.storage import output_loss, rounded_layers, stored_layers
+from precision_runtime.auditing.executing.uses import by_name
+from precision_runtime.auditing.executing.worlds import Worlds, widen_tree
+from precision_runtime.auditing.judging.again import Again, moved_inputs, moved_parameters
+from precision_runtime.auditing.judging.borders import Borders
+from precision_runtime.auditing.judging.judge import Judge
+from precision_runtime.auditing.judging.replays import Yardstick
+from precision_runtime.auditing.judging.replicas import Replicas
+from precision_runtime.auditing.judging.screening import Screening
+from precision_runtime.auditing.judging.sheet import Sheet, input_name, sample_of
 from precision_runtime.errors import AuditError, ConfigurationError
 from precision_runtime.record import Finding, Remark, Report
 from precision_runtime.tree import leaves

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from precision_runtime import forwarding
 from precision_runtime.casting import FLOATING
 from precision_runtime.checkpoints import probe as probes
 from precision_runtime.checkpoints import weights
@@ -19,7 +18,8 @@ from precision_runtime.checkpoints.changes import Change, Changes, ProbeResult
 from precision_runtime.checkpoints.description import differences, mode_in
 from precision_runtime.checkpoints.files import Checkpoint, read, write
 from precision_runtime.errors import ConfigurationError, PrecisionError
-from precision_runtime.toll import toll
+from precision_runtime.planning.toll import toll
+from precision_runtime.setup import forwarding
 
 if TYPE_CHECKING:
     from precision_runtime.runtime import PrecisionRuntime

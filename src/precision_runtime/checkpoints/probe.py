@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from precision_runtime.auditing.dispatch import TrueDouble, plain_double
-from precision_runtime.auditing.excess import flatten_sample, pair
-from precision_runtime.auditing.noise import Exact, Noise
-from precision_runtime.auditing.originals import Originals
-from precision_runtime.auditing.randomness import seeded
-from precision_runtime.auditing.unseen import transformed
-from precision_runtime.auditing.worlds import Worlds, widen_tree
+from precision_runtime.auditing.executing.dispatch import TrueDouble, plain_double
+from precision_runtime.auditing.executing.noise import Exact, Noise
+from precision_runtime.auditing.executing.originals import Originals
+from precision_runtime.auditing.executing.randomness import seeded
+from precision_runtime.auditing.executing.unseen import transformed
+from precision_runtime.auditing.executing.worlds import Worlds, widen_tree
+from precision_runtime.auditing.judging.excess import flatten_sample, pair
 from precision_runtime.checkpoints.changes import ProbeResult
 from precision_runtime.errors import ConfigurationError
 from precision_runtime.float8.recipes import parse_recipe

@@ -14,8 +14,8 @@ from precision_runtime.errors import ConfigurationError
 from precision_runtime.float8.layers import is_float8, without_scales
 from precision_runtime.layers import QuantizedLayer, dequantized_state_dict
 from precision_runtime.layers.checkpoints import quantized_entries
-from precision_runtime.master import master_of
-from precision_runtime.toll import toll
+from precision_runtime.planning.toll import toll
+from precision_runtime.stepping.master import master_of
 
 _STATISTICS = ("SCB", "weight_format")
 

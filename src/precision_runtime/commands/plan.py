@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from precision_runtime.plan import Plan
+    from precision_runtime.planning.plan import Plan
 
 SUMMARY = "show what a mode would cast, lose, swap and keep in a model"
 DESCRIPTION = """\

@@ -9,6 +9,6 @@ Importing this file imports none of them. Their classes raise ``UnsupportedError
 
 from __future__ import annotations
 
-from precision_runtime.unwrapping import plain
+from precision_runtime.setup.unwrapping import plain
 
 __all__ = ["plain"]

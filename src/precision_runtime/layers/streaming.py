@@ -28,9 +28,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
-from precision_runtime.building import Building
 from precision_runtime.dispatching import OwnMode, opened
 from precision_runtime.errors import ConfigurationError
+from precision_runtime.setup.building import Building
 
 if TYPE_CHECKING:
     from precision_runtime.strategies.quantized import QuantizedStrategy

@@ -17,28 +17,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from precision_runtime.auditing.discover import find_modules
-from precision_runtime.auditing.dispatch import LowWatch, TrueDouble
-from precision_runtime.auditing.noise import Noise
-from precision_runtime.auditing.observer import Observer, Plan, Step
-from precision_runtime.auditing.originals import Originals
-from precision_runtime.auditing.places import key_of, tensors_of
-from precision_runtime.auditing.randomness import reseed
-from precision_runtime.auditing.recorder import Call, Recorder
-from precision_runtime.auditing.references import Reference, References
-from precision_runtime.auditing.running import SCALES, SUM_SCALES
-from precision_runtime.auditing.runs import Run, execute, loss_gradient
-from precision_runtime.auditing.shadow import map_operands, written
+from precision_runtime.auditing.blaming.observer import Observer, Plan, Step
+from precision_runtime.auditing.blaming.shadow import map_operands, written
+from precision_runtime.auditing.executing.discover import find_modules
+from precision_runtime.auditing.executing.dispatch import LowWatch, TrueDouble
+from precision_runtime.auditing.executing.noise import Noise
+from precision_runtime.auditing.executing.originals import Originals
+from precision_runtime.auditing.executing.places import key_of, tensors_of
+from precision_runtime.auditing.executing.randomness import reseed
+from precision_runtime.auditing.executing.recorder import Call, Recorder
+from precision_runtime.auditing.executing.references import Reference, References
+from precision_runtime.auditing.executing.running import SCALES, SUM_SCALES
+from precision_runtime.auditing.executing.runs import Run, execute, loss_gradient
+from precision_runtime.auditing.executing.worlds import Worlds, clone, widen_tree
 from precision_runtime.auditing.trial import Trial
-from precision_runtime.auditing.worlds import Worlds, clone, widen_tree
 from precision_runtime.casting import TO, cast_tree
 from precision_runtime.errors import ConfigurationError
 from precision_runtime.formats import FORMATS, Format
-from precision_runtime.forwarding import is_set_up
 from precision_runtime.modes import MODES, Mode
 from precision_runtime.ranging.grid import FULL_RANGE, round_to
 from precision_runtime.ranging.quickly import run_trial
 from precision_runtime.record import Report
+from precision_runtime.setup.forwarding import is_set_up
 from precision_runtime.tree import leaves, map_tensors
 
 # What carries a format, by whether it has float32's range and by autocast: torch.finfo of the carrier's dtype, which

@@ -7,7 +7,7 @@ from typing import Any
 
 from precision_runtime.asked import budget_of, check_subject, seed_of
 from precision_runtime.auditing import Originals, References
-from precision_runtime.auditing.discover import name_of
+from precision_runtime.auditing.executing.discover import name_of
 from precision_runtime.errors import unknown_names
 from precision_runtime.formats import FORMATS, Format
 from precision_runtime.ranging.emulation import emulate

@@ -13,8 +13,8 @@ from torch import nn
 
 from precision_runtime.asked import budget_of, check_subject, seed_of, whole
 from precision_runtime.auditing import Originals, References
-from precision_runtime.auditing.discover import find_modules, name_of
-from precision_runtime.auditing.references import Reference
+from precision_runtime.auditing.executing.discover import find_modules, name_of
+from precision_runtime.auditing.executing.references import Reference
 from precision_runtime.errors import unknown_names
 from precision_runtime.formats import FORMATS, Format
 from precision_runtime.modes import parse_mode

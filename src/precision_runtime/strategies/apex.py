@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from precision_runtime.building import Building
 from precision_runtime.casting import CAST, FLOATING, HALF_TO_SINGLE, TO, CastTable, cast_call
-from precision_runtime.forwarding import is_suspended
-from precision_runtime.master import attach, keeping
 from precision_runtime.modes import Mode
 from precision_runtime.options import Options
+from precision_runtime.setup.building import Building
+from precision_runtime.setup.forwarding import is_suspended
+from precision_runtime.stepping.master import attach, keeping
 from precision_runtime.strategies.apex_functions import ApexBackward, ApexFunctions
 from precision_runtime.strategies.base import Strategy
 from precision_runtime.strategies.half import HalfStrategy

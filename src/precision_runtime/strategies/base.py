@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from precision_runtime.building import Building
 from precision_runtime.casting import (
     CASTS_TO,
     NOTHING,
@@ -24,10 +23,11 @@ from precision_runtime.casting import (
     cast_tree,
     casts,
 )
-from precision_runtime.generating import generated
 from precision_runtime.modes import Mode
 from precision_runtime.options import Options
-from precision_runtime.swapping import Swap
+from precision_runtime.setup.building import Building
+from precision_runtime.setup.generating import generated
+from precision_runtime.setup.swapping import Swap
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,17 @@ from torch import nn
 from precision_runtime.accelerators import machine
 from precision_runtime.casting import cast_module, kept_in_float32
 from precision_runtime.errors import ConfigurationError
-from precision_runtime.fastpath import leave_fast_path
 from precision_runtime.float8 import native
 from precision_runtime.float8.layers import LAYERS, become_float8, is_float8
 from precision_runtime.float8.recipes import NVFP4BlockScaling, parse_recipe
 from precision_runtime.float8.regions import region
 from precision_runtime.float8.shapes import refusal
-from precision_runtime.forwarding import PatchedForward, is_suspended
-from precision_runtime.islands import island_around, islands_in, plan_islands
-from precision_runtime.keeping import Island
+from precision_runtime.setup.fastpath import leave_fast_path
+from precision_runtime.setup.forwarding import PatchedForward, is_suspended
+from precision_runtime.setup.islands import island_around, islands_in, plan_islands
+from precision_runtime.setup.keeping import Island
+from precision_runtime.setup.swapping import Swap, matching, swaps
 from precision_runtime.strategies.half import HalfStrategy
-from precision_runtime.swapping import Swap, matching, swaps
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from precision_runtime.casting import NOTHING, TO_DOUBLE, CastTable
-from precision_runtime.doubles import DoubleBuilding
+from precision_runtime.setup.doubles import DoubleBuilding
 from precision_runtime.strategies.base import Strategy
 
 

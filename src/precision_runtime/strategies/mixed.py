@@ -20,9 +20,9 @@ from torch import (
 )
 
 from precision_runtime.casting import HALF_TO_SINGLE, TO, CastTable, cast_call
-from precision_runtime.fastpath import leave_fast_path
-from precision_runtime.forwarding import is_suspended
-from precision_runtime.recurrent import protect
+from precision_runtime.setup.fastpath import leave_fast_path
+from precision_runtime.setup.forwarding import is_suspended
+from precision_runtime.setup.recurrent import protect
 from precision_runtime.strategies.base import Strategy
 
 

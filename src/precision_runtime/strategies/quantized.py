@@ -17,13 +17,13 @@ from torch import nn
 
 from precision_runtime.casting import cast_module
 from precision_runtime.errors import ConfigurationError, NothingToSwapError
-from precision_runtime.fastpath import leave_fast_path
-from precision_runtime.forwarding import PatchedForward
-from precision_runtime.islands import island_around, islands_in, plan_islands
-from precision_runtime.keeping import Island
 from precision_runtime.layers import QuantizedLayer
+from precision_runtime.setup.fastpath import leave_fast_path
+from precision_runtime.setup.forwarding import PatchedForward
+from precision_runtime.setup.islands import island_around, islands_in, plan_islands
+from precision_runtime.setup.keeping import Island
+from precision_runtime.setup.swapping import Swap, matching, swaps
 from precision_runtime.strategies.half import HalfStrategy
-from precision_runtime.swapping import Swap, matching, swaps
 
 Ready = Callable[[nn.Parameter], "nn.Parameter | None"]
 

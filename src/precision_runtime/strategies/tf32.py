@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from precision_runtime.accelerators import machine
-from precision_runtime.forwarding import is_suspended
-from precision_runtime.recurrent import unfuse
+from precision_runtime.setup.forwarding import is_suspended
+from precision_runtime.setup.recurrent import unfuse
 from precision_runtime.strategies.base import Strategy
 from precision_runtime.tf32 import products
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from precision_runtime.auditing.dispatch import LowWatch
+from precision_runtime.auditing.executing.dispatch import LowWatch
 from precision_runtime.modes import Mode
 from precision_runtime.record import Finding, Remark
 from precision_runtime.training.course import Course, gradients

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.optim import LBFGS
 
-from precision_runtime.auditing.randomness import reseed
-from precision_runtime.auditing.worlds import clone
+from precision_runtime.auditing.executing.randomness import reseed
+from precision_runtime.auditing.executing.worlds import clone
 from precision_runtime.errors import ConfigurationError
-from precision_runtime.master import master_of
+from precision_runtime.stepping.master import master_of
 from precision_runtime.training.gatekeeper import Gatekeeper, clear, finite
 from precision_runtime.training.lesson import Lesson
 from precision_runtime.tree import leaves

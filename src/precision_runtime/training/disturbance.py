@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from torch.amp import GradScaler
 
-from precision_runtime.auditing.dispatch import TrueDouble, plain_double
-from precision_runtime.auditing.hooks import on_gradient
-from precision_runtime.auditing.masking import Masking
-from precision_runtime.auditing.noise import Exact, Noise
-from precision_runtime.auditing.recurrent import noisy_states
-from precision_runtime.auditing.unseen import transformed
+from precision_runtime.auditing.executing.dispatch import TrueDouble, plain_double
+from precision_runtime.auditing.executing.hooks import on_gradient
+from precision_runtime.auditing.executing.masking import Masking
+from precision_runtime.auditing.executing.noise import Exact, Noise
+from precision_runtime.auditing.executing.recurrent import noisy_states
+from precision_runtime.auditing.executing.unseen import transformed
 from precision_runtime.training.course import Observer, held
 from precision_runtime.tree import map_tensors
 

@@ -8,8 +8,8 @@ import torch
 from torch.optim import Optimizer
 
 from precision_runtime.auditing.applied import not_applied
-from precision_runtime.auditing.dispatch import LowWatch
-from precision_runtime.auditing.failing import error_finding, no_reference
+from precision_runtime.auditing.executing.dispatch import LowWatch
+from precision_runtime.auditing.executing.failing import error_finding, no_reference
 from precision_runtime.errors import ConfigurationError, UnknownNameError, UnsupportedError
 from precision_runtime.modes import Mode
 from precision_runtime.record import Finding, Remark, Report

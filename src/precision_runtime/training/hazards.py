@@ -8,7 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from precision_runtime.formats import FORMATS
-from precision_runtime.optimizers import hazards
+from precision_runtime.stepping.optimizers import hazards
 
 
 def hazards_of(optimizer: Any) -> list[str]:

@@ -14,19 +14,19 @@ from torch import nn
 from precision_runtime import environment
 from precision_runtime.accelerators import resolve
 from precision_runtime.asked import budget_of, seed_of
-from precision_runtime.auditing.masking import Masking
-from precision_runtime.auditing.randomness import seeded
+from precision_runtime.auditing.executing.masking import Masking
+from precision_runtime.auditing.executing.randomness import seeded
 from precision_runtime.automatic import placed
 from precision_runtime.capability import support
 from precision_runtime.errors import ConfigurationError, UnsupportedError
 from precision_runtime.modes import parse_mode
-from precision_runtime.optimizers import OptimizerWarning
 from precision_runtime.record import Report
 from precision_runtime.scaling.history import StallWarning
+from precision_runtime.stepping.optimizers import OptimizerWarning
+from precision_runtime.stepping.updates import updates_from
 from precision_runtime.training.examination import Examination
 from precision_runtime.training.lesson import lesson_of
 from precision_runtime.training.trainings import Trainings
-from precision_runtime.updates import updates_from
 
 
 def audit_training(

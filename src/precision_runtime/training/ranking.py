@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from precision_runtime.auditing.dispatch import LowWatch
-from precision_runtime.auditing.noise import Noise
+from precision_runtime.auditing.executing.dispatch import LowWatch
+from precision_runtime.auditing.executing.noise import Noise
 from precision_runtime.casting import HALF
 from precision_runtime.formats import FORMATS
 from precision_runtime.modes import Mode
 from precision_runtime.record import Finding, Remark
+from precision_runtime.stepping.updates import Updates
 from precision_runtime.training.causes import Cause, Evidence, cause_of, finding, gone_finding, vanishes
 from precision_runtime.training.course import Course
 from precision_runtime.training.lesson import Lesson
@@ -23,7 +24,6 @@ from precision_runtime.training.remedies import Remedies
 from precision_runtime.training.sheet import MOST, WALKS, Entry, entries_of, rms, roundoff, screen, settle, spread_of
 from precision_runtime.training.trainings import LowRun, Trainings
 from precision_runtime.training.watching import Stored, Watch, watch_of
-from precision_runtime.updates import Updates
 
 # Gradients below float32's normal range are lost in every mode.
 FLOOR = FORMATS["float32"].smallest_normal

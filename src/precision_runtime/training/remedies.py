@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch.optim import Optimizer
 
-from precision_runtime.auditing.randomness import reseed
+from precision_runtime.auditing.executing.randomness import reseed
 from precision_runtime.modes import Mode
 from precision_runtime.training.advice import advise
 from precision_runtime.training.causes import Cause

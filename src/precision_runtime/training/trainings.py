@@ -11,23 +11,23 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from precision_runtime.auditing.dispatch import WIDE
-from precision_runtime.auditing.masking import Masking
-from precision_runtime.auditing.noise import Noise
-from precision_runtime.auditing.randomness import reseed
-from precision_runtime.auditing.worlds import widen_tree
+from precision_runtime.auditing.executing.dispatch import WIDE
+from precision_runtime.auditing.executing.masking import Masking
+from precision_runtime.auditing.executing.noise import Noise
+from precision_runtime.auditing.executing.randomness import reseed
+from precision_runtime.auditing.executing.worlds import widen_tree
 from precision_runtime.casting import cast_module, cast_tree
 from precision_runtime.errors import ConfigurationError
 from precision_runtime.layers import QuantizedLayer
 from precision_runtime.modes import Mode
 from precision_runtime.runtime import PrecisionRuntime
+from precision_runtime.stepping.updates import Updates
 from precision_runtime.training.course import Course, Observer, Runner, Verbs, held, values
 from precision_runtime.training.disturbance import Disturbed, Double
 from precision_runtime.training.gatekeeper import Stand
 from precision_runtime.training.hazards import hazards_of
 from precision_runtime.training.lesson import Lesson
 from precision_runtime.tree import map_tensors
-from precision_runtime.updates import Updates
 
 _SINGLE = {torch.float64: torch.float32, torch.complex128: torch.complex64}
 

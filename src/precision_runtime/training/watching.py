@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from precision_runtime.auditing.dispatch import TrueDouble, plain_double
-from precision_runtime.auditing.masking import Masking
-from precision_runtime.auditing.randomness import RandomState, reseed
-from precision_runtime.auditing.worlds import widen_tree
+from precision_runtime.auditing.executing.dispatch import TrueDouble, plain_double
+from precision_runtime.auditing.executing.masking import Masking
+from precision_runtime.auditing.executing.randomness import RandomState, reseed
+from precision_runtime.auditing.executing.worlds import widen_tree
 from precision_runtime.casting import HALF
 from precision_runtime.formats import FORMATS
+from precision_runtime.stepping.updates import Updates, WideUpdates
 from precision_runtime.training.course import Observer, held, hidden
 from precision_runtime.training.lesson import Lesson
 from precision_runtime.training.sheet import MOST, roundoff
 from precision_runtime.tree import leaves
-from precision_runtime.updates import Updates, WideUpdates
 
 _ROUNDED = (*HALF, torch.float32)
 

@@ -1,0 +1,1 @@
+"""Which module and which op is guilty, in which words, and the proof."""

@@ -1,0 +1,1 @@
+"""The ledger: which op ran in which dtype, and how much work it was."""
