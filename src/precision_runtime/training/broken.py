@@ -10,7 +10,7 @@ import torch
 from precision_runtime.auditing.executing.dispatch import LowWatch
 from precision_runtime.modes import Mode
 from precision_runtime.record import Finding, Remark
-from precision_runtime.training.course import Course, gradients
+from precision_runtime.training.course import Course, Trouble, gradients
 from precision_runtime.training.lesson import Lesson
 from precision_runtime.training.notes import Notes
 from precision_runtime.training.ranking import Ranking
@@ -33,10 +33,11 @@ class Broken:
             return []
         if trouble is None:
             return self._never_stepped(low, course)
-        where = {"loss": "forward", "gradient": "backward", "update": "update"}[trouble.phase]
+        spoilt = self._spoilt(course, trouble)
+        where = {"loss": "forward", "gradient": "update" if spoilt else "backward", "update": "update"}[trouble.phase]
         who = {
             "loss": "the loss is not finite",
-            "gradient": f"the gradient of {trouble.name!r} is not finite though the loss is",
+            "gradient": f"the gradient of {trouble.name!r} is not finite though {spoilt or 'the loss is'}",
             "update": f"the optimizer's step makes {trouble.name!r} inf or NaN though every gradient is finite",
         }[trouble.phase]
         told = "".join(f" {text}." for text in low.hazards) if trouble.phase == "update" else ""
@@ -45,6 +46,16 @@ class Broken:
             excess=math.inf, message=f"in step {trouble.step + 1} {who}; in FP64 it is.{told}",
         )  # fmt: skip
         return [*(self._earlier(trouble.step) if trouble.phase != "update" else []), born]
+
+    def _spoilt(self, course: Course, trouble: Trouble) -> str:
+        """What was still finite before step_fn made a gradient of it, '' where it did not."""
+        if self.lesson.step_fn is None or trouble.phase != "gradient":
+            return ""
+        left = course.left.get(trouble.name)
+        if left is None:
+            return "the loss is: step_fn has put it there"
+        finite_yet = sum(course.taken) <= 1 and bool(torch.isfinite(left).all())  # noted before the first step only
+        return "the backward pass left it so: what step_fn does to it in between leaves the range" if finite_yet else ""
 
     def _earlier(self, steps: int) -> list[Finding]:
         """What was wrong already in the steps before one that left the finite numbers."""

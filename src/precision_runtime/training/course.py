@@ -34,7 +34,7 @@ class Course:
     """What a training did. Tensors are copies; ``start`` and ``end`` hold parameters and floating buffers by path.
 
     ``first`` are the gradients that the first step was taken with, ``norms`` those of every step taken, by parameter;
-    ``left`` are those that the backward pass left before it, where the user's own function steps.
+    ``left`` are those that the first backward pass left, where the user's own function steps.
     ``taken`` and ``cleared`` say for each step whether the optimizer stepped, and whether gradients were forgotten
     before it. ``rates`` are the learning rates after each step.
     """
@@ -171,13 +171,13 @@ class Runner:
 
     @contextmanager
     def _noting_what_is_left(self) -> Iterator[None]:
-        """Note the gradients as the backward passes before the first step leave them."""
+        """Note the gradients as the first backward pass leaves them, before anything is done to them or added."""
         handles = []
         for name, p in self.model.named_parameters() if not self.course.first else ():
 
             def note(p: torch.Tensor, name: str = name) -> None:
                 if not self.course.first and p.grad is not None and p.grad.layout is torch.strided:
-                    self.course.left[name] = p.grad.detach().clone()
+                    self.course.left.setdefault(name, p.grad.detach().clone())
 
             if p.requires_grad:
                 handles.append(p.register_post_accumulate_grad_hook(note))

@@ -1,13 +1,14 @@
 """A training in FP64 disturbed by one unit roundoff wherever the mode rounds: what the mode must cost.
 
 The disturbance of each place is the same in every step. Rounding is: a full batch, a weight that hardly moves and what
-is computed from them are rounded alike step after step, so that errors add up; fresh noise would average out.
+is computed from them are rounded alike step after step, so that errors add up; fresh noise would average out. But it is
+not where weights move on, and a training that forgets what is always the same is moved by that: ``fresh`` is for both.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -21,6 +22,7 @@ from precision_runtime.auditing.executing.masking import Masking
 from precision_runtime.auditing.executing.noise import Exact, Noise
 from precision_runtime.auditing.executing.recurrent import noisy_states
 from precision_runtime.auditing.executing.unseen import transformed
+from precision_runtime.training.constants import Site, constant
 from precision_runtime.training.course import Observer, held
 from precision_runtime.tree import map_tensors
 
@@ -68,14 +70,15 @@ class Disturbed(Double):
     """One that is disturbed: starting weights, inputs, results of modules, gradients, states of recurrent layers.
 
     ``walks`` are disturbances by path, one standard deviation for each element, of what is stored after each step.
-    These are fresh each time, as rounding is when a value has moved on.
+    These are fresh each time, as rounding is when a value has moved on. ``constants`` stay as they are.
     """
 
     def __init__(
         self, masking: Masking, noise: Noise, back: Noise, low: torch.dtype,
-        walks: Mapping[str, torch.Tensor] | None = None,
+        walks: Mapping[str, torch.Tensor] | None = None, fresh: bool = False, constants: Collection[Site] = (),
     ) -> None:  # fmt: skip
         super().__init__(masking)
+        self._fresh, self._constants = fresh, constants
         self._noise, self._back, self._low = noise, back, low
         self._walks = dict(walks or {})
         self._step = 0
@@ -117,15 +120,19 @@ class Disturbed(Double):
         self._step = step
         stack = ExitStack()
         stack.enter_context(super().around(step))
-        stack.enter_context(noisy_states(self._modules, self._noise.fixed("states")))
+        stack.enter_context(noisy_states(self._modules, self._at("states")))
         return stack
 
+    def _at(self, place: str, noise: Noise | None = None) -> Noise:
+        """The disturbance of a place: always the same, or, where it is fresh, that of this step."""
+        return (noise or self._noise).fixed(f"{place} in step {self._step}" if self._fresh else place)
+
     def _mode(self) -> TrueDouble:
-        return TrueDouble(self._noise.fixed("ops"), masking=self._masking)
+        return TrueDouble(self._at("ops"), masking=self._masking)
 
     def _gradient(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         def hook(grad: torch.Tensor) -> torch.Tensor:
-            return self._back.fixed(f"gradient of {name}")(grad)  # anew in each step: always the same disturbance
+            return self._at(f"gradient of {name}", self._back)(grad)
 
         return hook
 
@@ -134,9 +141,8 @@ class Disturbed(Double):
             if transformed():
                 return None
             number = self._counts[name] = self._counts.get(name, 0) + 1
-            noise = self._noise.fixed(f"result {number} of {name}")
-            if isinstance(result, torch.Tensor):
-                return noise.rounded(result)
-            return map_tensors(noise.rounded, result, objects=False)
+            noise = self._at(f"result {number} of {name}")
+            spared = constant(result, name, number, self._constants)
+            return map_tensors(lambda t: t if id(t) in spared else noise.rounded(t), result, objects=False)
 
         return hook

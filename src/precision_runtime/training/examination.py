@@ -15,7 +15,8 @@ from precision_runtime.modes import Mode
 from precision_runtime.record import Finding, Remark, Report
 from precision_runtime.scaling import DynamicScaler
 from precision_runtime.training.broken import Broken
-from precision_runtime.training.course import Course
+from precision_runtime.training.constants import Constants
+from precision_runtime.training.course import Course, Observer
 from precision_runtime.training.hazards import idle_decay
 from precision_runtime.training.lesson import Lesson
 from precision_runtime.training.notes import Notes
@@ -80,7 +81,9 @@ class Examination:
     def _run(self, scaler: object = None) -> LowRun | Finding:
         run: LowRun | None = None
         try:
-            run = self.trainings.low(scaler=scaler)
+            # In full modes such a table, too, is what the mode rounds: there is no wider one to make it in.
+            constants = Constants(self.seen, self.trainings.constants) if self.mode.low else Observer()
+            run = self.trainings.low(lambda *_: constants, scaler=scaler)
             with self.seen:
                 run.runner.run()
         except Exception as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,19 @@ from precision_runtime.training.course import Course
 from precision_runtime.training.lesson import Lesson
 from precision_runtime.training.notes import Notes
 from precision_runtime.training.remedies import Remedies
-from precision_runtime.training.sheet import MOST, WALKS, Entry, entries_of, rms, roundoff, screen, settle, spread_of
+from precision_runtime.training.sheet import (
+    MOST,
+    WALKS,
+    Entry,
+    Sampler,
+    entries_of,
+    in_domain,
+    rms,
+    roundoff,
+    screen,
+    settle,
+    spread_of,
+)
 from precision_runtime.training.trainings import LowRun, Trainings
 from precision_runtime.training.watching import Stored, Watch, watch_of
 
@@ -45,12 +57,13 @@ class Ranking:
     def findings(self, low: LowRun, course: Course, true: Course) -> list[Finding]:
         """Findings on finite values, by their place among disturbed trainings; most upstream first."""
         parameters = {name for name, _ in low.model.named_parameters()}
-        samples: dict[tuple[int, float], Course] = {}
+        samples: dict[tuple[int, float, bool], Course] = {}
 
-        def sample(number: int, width: float) -> Course:
-            if (number, width) not in samples:
-                samples[number, width] = self.trainings.double(course, self._noise(number, width))
-            return samples[number, width]
+        def sample(number: int, width: float, fresh: bool = False) -> Course:
+            if (number, width, fresh) not in samples:
+                noise = self._noise(number, width)
+                samples[number, width, fresh] = self.trainings.double(course, noise, fresh=fresh)
+            return samples[number, width, fresh]
 
         entries = entries_of(course, true, self._u(), set(course.end) - parameters)
         vanished = self._vanished(course, true, sample)
@@ -61,7 +74,15 @@ class Ranking:
             stored = watch.stored
             failed = [e for e in failed if e.kind != "loss" or _local(e, watch)]
             failed = settle(self._walked(failed, course, stored), self.limit, sample)
-        if any(e.chaotic for e in entries if e.kind == "parameter"):
+        if samples and not any(in_domain(course) for course in samples.values()):
+            self.notes.remarks.append(
+                Remark(
+                    "not-judged",
+                    "every disturbed training has a loss that is not finite in its first step: where the values come "
+                    "to is not judged",
+                )
+            )
+        elif any(e.chaotic for e in entries if e.kind == "parameter"):
             self.notes.remarks.append(
                 Remark("chaotic", "a disturbance of one roundoff grows to the size of the movement of some weights")
             )
@@ -78,7 +99,8 @@ class Ranking:
                     "state", f"the optimizer's {entry.name} is {entry.excess:.3g} times as far off as rounding it is"
                 )
             )
-        evidence = Evidence(course, true, list(samples.values()), stored, states, low.hazards, self._u(), self.limit,
+        within = [course for course in samples.values() if in_domain(course)]
+        evidence = Evidence(course, true, within, stored, states, low.hazards, self._u(), self.limit,
             self.mode.format.smallest_normal, self.lesson.step_fn is not None,
         )  # fmt: skip
         remedies = Remedies(self.lesson, self.mode, self.trainings, self.notes, self._u())
@@ -113,7 +135,7 @@ class Ranking:
                 ),
             )
 
-    def _vanished(self, course: Course, true: Course, sample: Callable[[int, float], Course]) -> list[str]:
+    def _vanished(self, course: Course, true: Course, sample: Sampler) -> list[str]:
         """Parameters whose gradient is zero in most steps, because its true values are below the format's smallest.
 
         A finding however small the movement would have been: optimizers divide a gradient's size out.

@@ -22,6 +22,7 @@ from precision_runtime.layers import QuantizedLayer
 from precision_runtime.modes import Mode
 from precision_runtime.runtime import PrecisionRuntime
 from precision_runtime.stepping.updates import Updates
+from precision_runtime.training.constants import Site
 from precision_runtime.training.course import Course, Observer, Runner, Verbs, held, values
 from precision_runtime.training.disturbance import Disturbed, Double
 from precision_runtime.training.gatekeeper import Stand
@@ -60,6 +61,7 @@ class Trainings:
     truth: dict[str, torch.Tensor] = field(default_factory=dict)
     frozen: dict[str, torch.Tensor] = field(default_factory=dict)  # what quantised layers multiply by, in FP64
     fallbacks: set[str] = field(default_factory=set)
+    constants: set[Site] = field(default_factory=set)  # results of modules that nothing had to round
     _made: list[nn.Module] = field(default_factory=list)  # kept, so that no id is used again
     _spare: nn.Module | None = None
 
@@ -159,10 +161,15 @@ class Trainings:
         return stand
 
     def double(
-        self, like: Course, noise: tuple[Noise, Noise] | None = None, walks: Mapping[str, torch.Tensor] | None = None
+        self,
+        like: Course,
+        noise: tuple[Noise, Noise] | None = None,
+        walks: Mapping[str, torch.Tensor] | None = None,
+        fresh: bool = False,
     ) -> Course:
         """A training in FP64, for as many steps as ``like`` has and skipping what it skipped. With noise for what is
-        computed forward, and for gradients, it is disturbed; with ``walks`` so is what it stores.
+        computed forward, and for gradients, it is disturbed (``fresh``: otherwise in each step); with ``walks`` so is
+        what it stores.
         """
         model = self._start(wide=True).to(self.device)
         for path, weight in self.frozen.items():
@@ -173,7 +180,9 @@ class Trainings:
         if noise is None:
             observer = Double(self.masking)
         else:
-            observer = disturbed = Disturbed(self.masking, *noise, getattr(torch, self.mode.compute), walks)
+            observer = disturbed = Disturbed(
+                self.masking, *noise, getattr(torch, self.mode.compute), walks, fresh, self.constants
+            )
             disturbed.prepare(model)
         with observer.around(0):
             optimizer = self._optimizer(model)
