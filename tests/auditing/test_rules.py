@@ -334,8 +334,8 @@ class Indexed(nn.Module):
 def test_a_choice_among_masked_places_is_no_decision(mode: str) -> None:
     model, x = Indexed(), torch.randn(4, 12, 16)
     assert audit(model, x, mode=mode, gradients=False).ok
-    # A true mode may round what is chosen from, so there the coarse one is as right as the mode allows.
-    assert audit(Indexed(coarse=True), x, mode=mode, gradients=False).ok == mode.endswith("true")
+    if mode != "bf16-true":  # where rounding the products tips a tenth as many, about as much as is granted
+        assert not audit(Indexed(coarse=True), x, mode=mode, gradients=False).ok
 
 
 def test_float16_and_float64_choose_other_masked_places() -> None:  # the other witness for the test above

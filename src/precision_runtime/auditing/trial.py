@@ -15,7 +15,7 @@ from precision_runtime.auditing.executing.discover import as_written
 from precision_runtime.auditing.executing.dispatch import LowWatch, TrueDouble, plain_double
 from precision_runtime.auditing.executing.failing import error_finding, no_reference
 from precision_runtime.auditing.executing.generators import Generators
-from precision_runtime.auditing.executing.noise import Exact
+from precision_runtime.auditing.executing.noise import Exact, Reach
 from precision_runtime.auditing.executing.randomness import reseed
 from precision_runtime.auditing.executing.recorder import Recorder
 from precision_runtime.auditing.executing.references import Reference, Sample
@@ -189,7 +189,7 @@ class Trial(Runs):
         sheet = self._sheet(low, reference.run, true_grads, names)
         forward_u = self._u_of(None)
 
-        def sample(number: int, width: float, inside: bool = True) -> Sample:
+        def sample(number: int, width: float, reach: Reach = Reach.ALL) -> Sample:
             # Decisions were rounded in other places in other modes.
             own = self.mode.name if self._products or any(c.moved for c in low.calls) else ""
             decisions = tuple(d for c in low.calls for d in c.trace.decisions)
@@ -197,15 +197,16 @@ class Trial(Runs):
             tables = tuple((c.name, c.index, c.tables) for c in low.calls if c.tables)
             kept = self._spared, low.left()
             key = (
-                width * forward_u, width * yardstick.step, own, self._exact.key, decisions, inside, given, tables, kept,
+                width * forward_u, width * yardstick.step, own, self._exact.key, decisions, reach, given, tables, kept,
             )  # fmt: skip
             made = reference.samples.setdefault(key, [])
             while len(made) <= number:
-                run, _ = self._true(worlds, yardstick.noise(forward_u, len(made), width, inside))
+                run, _ = self._true(worlds, yardstick.noise(forward_u, len(made), width, reach))
                 made.append(sample_of(run, names))
             return made[number]
 
         stage = self._stage(worlds, low, judge)
+        judge.decides = any(self._watch.frames[0].decisions)
         judge.borders = lambda: self._borders(worlds, judge)
         judge.replicas = Replicas(
             lambda number: self._again(worlds, yardstick, number), lambda where, number: dithered(stage, where, number)

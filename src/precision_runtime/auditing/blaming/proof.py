@@ -15,6 +15,7 @@ from precision_runtime.auditing.blaming.dithering import Dithering
 from precision_runtime.auditing.blaming.observer import Observer
 from precision_runtime.auditing.executing.dispatch import LowWatch, TrueDouble
 from precision_runtime.auditing.executing.lane import lane
+from precision_runtime.auditing.executing.noise import Reach
 from precision_runtime.auditing.executing.randomness import reseed
 from precision_runtime.auditing.executing.recorder import Call, Recorder
 from precision_runtime.auditing.executing.references import Sample
@@ -193,7 +194,7 @@ class Scene:
         open_ = {site for site, j in judged.items() if not j.settled and j.score > 1.0}
         if open_:
             judged.update(sheet.only(open_).judge(yardstick.limit, self._perturbed(open_)))
-        if self.verdict.bare:
+        if self.verdict.reach is Reach.OUTSIDE:
             return max(bare_excess(sheet.pairs[site], judged[site]) for site in wanted)
         return max((j.score for j in judged.values()), default=math.inf)
 
@@ -236,8 +237,8 @@ class Scene:
         while len(self._samples) < SAMPLES:
             number = len(self._samples)
             if call is not None:
-                self._samples.append(judge.replays.sample(call, number, 1.0, inside=not self.verdict.bare))
+                self._samples.append(judge.replays.sample(call, number, 1.0, self.verdict.reach))
             else:
                 assert judge.sampler is not None
-                self._samples.append(judge.sampler(number, 1.0, inside=not self.verdict.bare))
+                self._samples.append(judge.sampler(number, 1.0, self.verdict.reach))
         return self._samples

@@ -16,7 +16,7 @@ from torch._ops import HigherOrderOperator
 
 from precision_runtime.auditing.executing.defects import KnownDefect, defect_of
 from precision_runtime.auditing.executing.masking import MASKED, Masking
-from precision_runtime.auditing.executing.noise import Noise, is_count
+from precision_runtime.auditing.executing.noise import Noise, Reach, is_count
 from precision_runtime.auditing.executing.provenance import Provenance
 from precision_runtime.auditing.executing.randomness import Draw, draw_of
 from precision_runtime.auditing.executing.roundings import Roundings
@@ -166,7 +166,9 @@ class TrueDouble(OwnMode):
         except (RuntimeError, NotImplementedError) as error:
             return self._narrow(func, args, kwargs, writes, error)
         if self._noise is not None and func._schema.name in _NORMS and next(self.marks[-1], False):
-            return self._noise(result) if self._noise.inside else result
+            return result if self._noise.reach is Reach.OUTSIDE else self._noise(result)
+        if self._noise is not None and self._noise.reach is Reach.RESULTS and func._schema.name in PRODUCTS:
+            return _each(self._noise.rounded, result)
         return result
 
     def _disturbed(self, func: Any, args: Sequence[Any]) -> Sequence[Any]:
@@ -179,6 +181,8 @@ class TrueDouble(OwnMode):
         if name in _CANCELLING:
             return tuple(_each(noise, a) for a in args)
         if is_decision(func, args) and next(self.marks[-1], False):
+            if noise.reach is Reach.RESULTS:
+                return args
             if name not in _EQUALITIES:
                 args = tuple(_each(lambda t: t if is_count(t) else noise.rounded(t), a) for a in args)
             return tuple(_each(noise.on_grid, a) for a in args) if name in _TIES or name in _EQUALITIES else args
@@ -303,8 +307,8 @@ class LowWatch(OwnMode):
         return result
 
     def _is_rounded_operand(self, t: torch.Tensor) -> bool:
-        """Whether rounding to the mode's dtype was the price of ``t``: a table of constants need not have paid it."""
-        return _is_rounded(t, self._low) and not (self.provenance is not None and self.provenance.is_table(t))
+        """Whether rounding to the mode's dtype was the price of ``t``: nothing made that of constants and integers."""
+        return _is_rounded(t, self._low) and not (self.provenance is not None and self.provenance.is_exact(t))
 
     def _repair(
         self, defect: KnownDefect, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any

@@ -6,6 +6,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Collection, Mapping
+from enum import Enum
 from typing import Any
 
 import torch
@@ -79,18 +80,26 @@ class _Relative(torch.autograd.Function):
             return _Relative.apply(grad, ctx.u, ctx.start), None, None
 
 
+class Reach(Enum):
+    """What of a run is disturbed besides the inputs and weights, as the mode rounds it, too."""
+
+    ALL = "results of modules and norms, and operands of decisions"
+    RESULTS = "results of modules, norms and products, and no operand of a decision"
+    OUTSIDE = "operands of decisions"
+
+
 class Noise:
     """Multiplies by (1 + u xi), xi uniform in [-1, 1], from a place of its own in the table (seed and sample).
 
     Where values are small, rounding costs half a ``step`` of the format's subnormal numbers instead: ``rounded`` adds
     step xi / 2. Exact zeros stay. Steps that float32 cannot even resolve are left out. ``width`` multiplies all of it.
-    ``inside`` says whether results of modules and norms are disturbed, too, and not inputs and weights only.
+    ``reach`` says what is disturbed besides inputs and weights.
     """
 
     def __init__(
-        self, u: float, seed: int, sample: int, step: float = 0.0, width: float = 1.0, inside: bool = True
+        self, u: float, seed: int, sample: int, step: float = 0.0, width: float = 1.0, reach: Reach = Reach.ALL
     ) -> None:
-        self.width, self.inside = width, inside
+        self.width, self.reach = width, reach
         self.u, self.step = width * u, width * step if step > FORMATS["float32"].smallest_normal else 0.0
         self._seed = (seed * 1_000_003 + sample * 7919 + 12345) % 2**63
         self._generator = torch.Generator().manual_seed(self._seed)
@@ -125,9 +134,15 @@ class Noise:
     def rounded(self, t: torch.Tensor) -> torch.Tensor:
         """Disturb an operand of a forward pass as rounding it to the format would, small values included.
 
-        Gradients are not disturbed so: a loss scale would have kept them, and its absence is to be found.
+        Gradients are not disturbed so: a loss scale would have kept them, and its absence is to be found. Where no
+        operand of a decision is disturbed by itself, values lie on the format's grid: that makes some of them equal.
         """
-        return self._disturbed(t, self.u, self.step)
+        disturbed = self._disturbed(t, self.u, self.step)
+        if self.reach is not Reach.RESULTS or not disturbed.is_floating_point() or disturbed.is_nested:
+            return disturbed
+        with torch._C._DisableTorchDispatch():
+            moved = self.on_grid(disturbed.detach()) - disturbed.detach()
+        return disturbed + moved
 
     def within(self, t: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
         """Move each element as far as ``moved`` says (same number of elements), in either direction by chance."""
@@ -158,12 +173,13 @@ class Noise:
     def inputs(self, value: Any, exact: Exact, spared: Collection[str] = ()) -> Any:
         """Disturb inputs: all but those that the mode holds (``exact``) and counts (``EXACT_INTEGERS``).
 
-        Those at the paths ``spared`` stay in float32 in the mode, and cost what float32 rounds.
+        Those at the paths ``spared`` stay in float32 in the mode, and cost what float32 rounds. Where decisions are
+        to be tipped by inputs alone, exact ones are disturbed, too: what a decision is made by may be rounded once.
         """
         single = {id(t) for path, t in leaves(value, objects=False) if path in spared} if spared else set()
 
         def disturb(t: torch.Tensor) -> torch.Tensor:
-            if is_count(t) or exact.holds(t):
+            if is_count(t) or (self.reach is not Reach.RESULTS and exact.holds(t)):
                 return t
             return self.result(t, single=id(t) in single)
 

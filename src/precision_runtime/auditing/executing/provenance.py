@@ -1,8 +1,9 @@
-"""What the low-precision run's values are made of: the code's own constants, and parameters that nothing rounds.
+"""What the low-precision run's values are made of: the code's own constants, integers, parameters that nothing rounds.
 
-Neither had to be rounded. A table that code builds in half from numbers of its own (a grid, a schedule, positions)
-could as well be in float32, in whichever module it is built; and under autocast a float32 parameter is cast for matrix
-products only: what a custom autograd function does with its own is exact to float32.
+None of these had to be rounded. A table that code builds in half from numbers of its own (a grid, a schedule,
+positions) could as well be in float32, in whichever module it is built; so could what is computed of integers that the
+code is given (time steps, pixels), before something is decided by it; and under autocast a float32 parameter is cast
+for matrix products only: what a custom autograd function does with its own is exact to float32.
 """
 
 from __future__ import annotations
@@ -38,13 +39,15 @@ class Provenance:
     def __init__(self, buffers: Iterable[torch.Tensor], parameters: Iterable[nn.Parameter]) -> None:
         # Weak references: nothing else can take the place of a storage as long as there is one.
         self._tables: dict[int | None, StorageWeakRef] = {}
+        self._counted: dict[int | None, StorageWeakRef] = {}  # floating tensors made of integers and constants
+        self._decided: dict[int | None, StorageWeakRef] = {}  # integers and flags that floating values decided
         self._parameters: dict[int | None, int] = {}  # id by storage
         self._rounded: set[int] = set()
         self._used: set[int] = set()
         self._open = True
         self._read = False  # whether the code has looked at a number that it had computed
         for b in buffers:
-            self._hold(b)
+            _mark(self._tables, b, True)
         for p in parameters:
             key = key_of(p)
             if key is not None and p.dtype is torch.float32:
@@ -53,6 +56,11 @@ class Provenance:
     def is_table(self, t: torch.Tensor) -> bool:
         """Whether ``t`` is made of constants only."""
         return key_of(t) in self._tables
+
+    def is_exact(self, t: torch.Tensor) -> bool:
+        """Whether ``t`` is made of constants and whole numbers only: nothing but the code's own choice rounds it."""
+        key = key_of(t)
+        return key in self._tables or key in self._counted
 
     @property
     def unrounded(self) -> frozenset[int]:
@@ -76,20 +84,31 @@ class Provenance:
             self._read |= constant < len(given)
             return
         made = name in _FACTORIES or (name in _FILLED and not self._read) or 0 < constant == len(given)
+        exact = made or (bool(given) and all(self._has_no_rounding(t) for t in given))
         for t in tensors_of(result) if func._schema.returns else given:  # what returns nothing writes to its arguments
-            if made:
-                self._hold(t)
+            _mark(self._tables, t, made)
+            if t.is_floating_point() or t.is_complex():
+                _mark(self._counted, t, exact and not made)
             else:
-                self._tables.pop(key_of(t), None)
+                _mark(self._decided, t, not exact)
 
     def close(self) -> None:
         """The forward pass is over. Where a backward pass casts a parameter, that is its own doing, not autocast's."""
         self._open = False
 
-    def _hold(self, t: torch.Tensor) -> None:
-        key = key_of(t)
-        if key is not None:
-            self._tables[key] = StorageWeakRef(t.untyped_storage())
+    def _has_no_rounding(self, t: torch.Tensor) -> bool:
+        """Whether ``t`` is made of constants and integers that were given; integers that floats decided are neither."""
+        if t.is_floating_point() or t.is_complex():
+            return self.is_exact(t)
+        return key_of(t) not in self._decided
+
+
+def _mark(marks: dict[int | None, StorageWeakRef], t: torch.Tensor, is_one: bool) -> None:
+    key = key_of(t)
+    if is_one and key is not None:
+        marks[key] = StorageWeakRef(t.untyped_storage())
+    elif not is_one:
+        marks.pop(key, None)
 
 
 def _is_cast(name: str, t: torch.Tensor, result: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 from precision_runtime import operands
 from precision_runtime.auditing.executing.dispatch import Trace
 from precision_runtime.auditing.executing.hooks import on_gradient
-from precision_runtime.auditing.executing.noise import Noise
+from precision_runtime.auditing.executing.noise import Noise, Reach
 from precision_runtime.auditing.executing.provenance import Provenance
 from precision_runtime.auditing.executing.randomness import RandomState
 from precision_runtime.auditing.executing.roundings import Roundings
@@ -326,7 +326,7 @@ class Recorder:
 
     def _disturbed(self, module: nn.Module, output: Any, twin: Call | None) -> Any:
         assert self.perturb is not None
-        if not self.perturb.inside:
+        if self.perturb.reach is Reach.OUTSIDE:
             return output
         name = self._names[id(module)]
         noise = self.perturb.fixed(name) if name in self.alike else self.perturb

@@ -34,6 +34,7 @@ TAIL_RATIO = 4.0
 MANY = 16
 # An element of a decision tensor (indices, bools) may flip this often by chance before the count means anything.
 FREE_FLIPS = 3.0
+FEW_OF_MANY = 1 / 8  # of four columns, three hold nearly everything in any case
 # A choice that fell otherwise in few rows has this share of the squared error (a mixture of experts: 0.99).
 MOST = 0.9
 # A run that chooses so moves such a row as far as it is off, and one that does not leaves it: at least, and at most, by
@@ -204,15 +205,19 @@ class Pair:
     def _is_choice_along(self, dim: int, samples: Sequence[torch.Tensor]) -> bool:
         moved = torch.stack([_rows(sample - self.reference, self.shape, dim) for sample in samples])
         off = _rows(self.error, self.shape, dim)
-        order = off.argsort(descending=True)
-        share = off[order].square().cumsum(0) / off.square().sum()
-        count = int((share < MOST).sum()) + 1
-        if count > FREE_FLIPS or 2 * count > len(off):
+        rows = _foremost(off)
+        if len(rows) > FREE_FLIPS or 2 * len(rows) > len(off):
             return False
-        rows = order[:count]
         tipped = moved[:, rows].amax(0) >= TIPPED * off[rows]
         still = moved[:, rows].median(0).values <= STILL * off[rows]
         return bool((tipped & still).all())
+
+    def is_of_few(self) -> bool:
+        """Whether the error is that of so few of many rows that as many may be decided otherwise by chance."""
+        dims = (-1, -2) if len(self.shape) >= 2 else ()
+        layouts = [self.error.abs(), *(_rows(self.error, self.shape, dim) for dim in dims)]
+        counts = [(len(_foremost(off)), len(off)) for off in layouts]
+        return any(few <= FREE_FLIPS and few <= FEW_OF_MANY * all_ for few, all_ in counts)
 
     def farthest(self, allowed: float) -> Worst:
         """The element that is farthest off, beside what was allowed."""
@@ -459,6 +464,13 @@ def _off(a: torch.Tensor, r: torch.Tensor) -> tuple[float, float]:
             most = found
         squares += float(torch.linalg.vector_norm(error)) ** 2
     return most, math.sqrt(squares / max(1, r.numel()))
+
+
+def _foremost(off: torch.Tensor) -> torch.Tensor:
+    """The places of the largest values that make up most of the sum of squares, shape (k,)."""
+    order = off.argsort(descending=True)
+    share = off[order].square().cumsum(0) / off.square().sum()
+    return order[: int((share < MOST).sum()) + 1]
 
 
 def _rows(t: torch.Tensor, shape: torch.Size, dim: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 
 from precision_runtime.auditing.executing.calls import anchored, covers, is_wrapper, match
 from precision_runtime.auditing.executing.failing import first_line
-from precision_runtime.auditing.executing.noise import SINGLE
+from precision_runtime.auditing.executing.noise import SINGLE, Reach
 from precision_runtime.auditing.executing.recorder import Call
 from precision_runtime.auditing.executing.references import Sample
 from precision_runtime.auditing.executing.runs import Run
@@ -63,8 +63,8 @@ BARE_SAMPLES = 4
 class Sampler(Protocol):
     """Makes perturbed runs."""
 
-    def __call__(self, number: int, width: float, inside: bool = True) -> Sample:
-        """The run of this number, disturbed by ``width`` u; without ``inside`` at inputs and weights only."""
+    def __call__(self, number: int, width: float, reach: Reach = Reach.ALL) -> Sample:
+        """The run of this number, disturbed by ``width`` u."""
 
 
 def bare_excess(entry: Pair, bare: Judgement) -> float:
@@ -93,6 +93,7 @@ class Judge:
         self.sampler: Sampler | None = None
         self.replicas: Replicas | None = None
         self.borders: Callable[[], Borders | None] | None = None  # makes the run that explains backward passes
+        self.decides = False  # whether the function decides something by rounded values, outside of all calls
         self._explaining: Borders | None = None
         self._open_backward = 0  # calls in what has not passed so far
 
@@ -121,8 +122,8 @@ class Judge:
             failed = self._visit_all(call.children, twins, enclosing)
             sheet = self.sheet(call, twin, gradients=back)
 
-            def within(number: int, width: float, inside: bool = True) -> Sample:
-                return enclosing(number, width, inside).inner[twin.name, twin.index]
+            def within(number: int, width: float, reach: Reach = Reach.ALL) -> Sample:
+                return enclosing(number, width, reach).inner[twin.name, twin.index]
 
             judged = self.decide(sheet, within, failed, call)
             return failed | self._note(call, judged, sheet, failed, within)
@@ -289,6 +290,8 @@ class Judge:
                 c.moved for c in (self.low.calls if call is None else call.subtree())
             )
             flips = flips or any(id(c) in self._flipped for c in (self.low.calls if call is None else call.subtree()))
+            if where == "forward" and where not in failed and sample is not None and not verdict.failed and not coarse:
+                self._tipped(verdict, sheet, sample)
             if where == "forward" and sample is not None and not verdict.failed and not flips and not coarse:
                 verdict.amplification = self._amplification(judged, sheet, sample)
                 if verdict.amplification > 0.0 and not self.yardstick.mixed:
@@ -334,7 +337,7 @@ class Judge:
         """Fail a steep call whose error only disturbed results of modules and norms inside it explain."""
         limit = self.yardstick.limit
         again = sheet.only(("forward", j.tensor) for j in verdict.judgements)
-        bare = again.judge(limit, [sample(n, 1.0, inside=False) for n in range(BARE_SAMPLES)])
+        bare = again.judge(limit, [sample(n, 1.0, Reach.OUTSIDE) for n in range(BARE_SAMPLES)])
         for number, before in enumerate(verdict.judgements):
             entry = sheet.pairs["forward", before.tensor]
             excess = bare_excess(entry, bare["forward", before.tensor])
@@ -346,9 +349,51 @@ class Judge:
                     note=f"the error is {excess:.3g} times what rounding the operands must cost: the rounding of a "
                     "value inside, of a module or a norm, is magnified so much, and not that of what goes in",
                 )  # fmt: skip
-                verdict.failed = verdict.bare = True
+                verdict.failed, verdict.reach = True, Reach.OUTSIDE
         if verdict.failed:
             verdict.amplification = 0.0
+
+    def _tipped(self, verdict: Verdict, sheet: Sheet, sample: Sampler) -> None:
+        """Fail a call whose decisions only the rounding of what decides has tipped, and not that of what goes in."""
+        call = verdict.call or self.cover
+        parts = [c for c in self.low.calls if c.parent is None] if call is None else [call, *call.children]
+        # Further up, a decision is as likely to fall otherwise as where it is made, or where that is called.
+        decides = any(any(c.trace.decisions) for c in parts) or (call is None and self.decides)
+        if self.yardstick.full or not decides:
+            return
+        counts = {("forward", j.tensor) for j in verdict.judgements if j.decision and j.error > 0.0}
+        share = self.yardstick.limit / 4.0 * AMPLIFICATION
+        far = {
+            ("forward", j.tensor)
+            for j in verdict.judgements
+            if not j.decision and not j.bound and j.scale > 0.0
+            and j.error > share * sheet.pairs["forward", j.tensor].u * j.scale
+            and not sheet.pairs["forward", j.tensor].is_of_few()
+        }  # fmt: skip
+        # A float result counts what was tipped by its square root, so the limit grants it 16 times as many.
+        for sites, factor in ((far, 1.0), (counts, self.yardstick.limit)):
+            self._tipped_at(sites, factor, verdict, sheet.only(sites), sample)
+
+    def _tipped_at(self, sites: set[Site], factor: float, verdict: Verdict, sheet: Sheet, sample: Sampler) -> None:
+        if not sites:
+            return
+
+        def results(number: int, width: float, reach: Reach = Reach.RESULTS) -> Sample:
+            return sample(number, factor * width, reach)
+
+        judged = sheet.judge(self.yardstick.limit)
+        try:
+            self._sampled(judged, set(sites), sheet, results, set())
+        except Exception:  # code that checks its values: what it is beside the runs that it lets through stands
+            return
+        for number, before in enumerate(verdict.judgements):
+            after = judged.get(("forward", before.tensor))
+            if after is None or self._passes(after) or after.bound:
+                continue
+            told = after.note if after.decision else "decisions fall otherwise that rounding what goes in does not tip"
+            note = f"{told}: the values that decide have been rounded once more"
+            verdict.judgements[number] = replace(after, note=note)
+            verdict.failed, verdict.reach = True, Reach.RESULTS
 
     # -- sheets -----------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from precision_runtime.auditing.executing.calls import moved_weights
 from precision_runtime.auditing.executing.dispatch import TrueDouble, plain_double
 from precision_runtime.auditing.executing.failing import first_line
 from precision_runtime.auditing.executing.masking import Masking
-from precision_runtime.auditing.executing.noise import Exact, Noise
+from precision_runtime.auditing.executing.noise import Exact, Noise, Reach
 from precision_runtime.auditing.executing.recorder import Call, Exchange, Recorder
 from precision_runtime.auditing.executing.recurrent import noisy_states
 from precision_runtime.auditing.executing.references import Sample
@@ -40,9 +40,9 @@ class Yardstick:
     masking: Masking
     products: float = 0.0  # unit roundoff of the operands of matrix products, where it is a coarser one
 
-    def noise(self, u: float, number: int, width: float, inside: bool = True) -> Noise:
+    def noise(self, u: float, number: int, width: float, reach: Reach = Reach.ALL) -> Noise:
         """The disturbance of the ``number``-th perturbed run of something that costs ``u``."""
-        return Noise(u, self.seed, number, self.step, width, inside)
+        return Noise(u, self.seed, number, self.step, width, reach)
 
 
 class Replays:
@@ -106,9 +106,9 @@ class Replays:
         except Exception:
             return None
 
-    def sample(self, call: Call, number: int, width: float, inside: bool = True, gradients: bool = True) -> Sample:
+    def sample(self, call: Call, number: int, width: float, reach: Reach = Reach.ALL, gradients: bool = True) -> Sample:
         """The call's ``number``-th perturbed run, disturbed by ``width`` times the mode's unit roundoff."""
-        noise = self.yardstick.noise(self.yardstick.own_u(call, "forward"), number, width, inside)
+        noise = self.yardstick.noise(self.yardstick.own_u(call, "forward"), number, width, reach)
         used = {id(p) for p in call.module.parameters()}
         parameters = self.worlds.disturbed(noise, used, moved_weights(call.subtree()))
         tables = {k: b for k, b in self.worlds.true_buffers.items() if k[0] in {id(m) for m in call.module.modules()}}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from precision_runtime.auditing.executing.noise import Reach
 from precision_runtime.auditing.executing.recorder import Call
 from precision_runtime.auditing.executing.references import Sample
 from precision_runtime.auditing.executing.runs import Run
@@ -109,7 +110,7 @@ class Verdict:
     amplification: float = 0.0
     failed: bool = False
     consequence: bool = False  # a call inside this one failed in the same direction
-    bare: bool = False  # failed by runs that were perturbed from outside only
+    reach: Reach = Reach.ALL  # of the perturbed runs beside which it has failed
 
     @property
     def measured(self) -> float:
