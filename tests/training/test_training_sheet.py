@@ -50,6 +50,14 @@ def test_a_spread_is_the_rms_distance_and_infinite_where_a_sample_diverges() -> 
     assert spread_of(entry, [course(w=[math.inf])]) == math.inf
 
 
+def test_samples_that_leave_a_function_s_domain_at_once_say_nothing() -> None:
+    (entry,) = [e for e in entries_of(course(w=[1.0]), course(w=[2.0]), 2.0**-8, set()) if e.name == "w"]
+    outside = course(w=[math.nan])
+    outside.losses = [torch.tensor(math.nan, dtype=torch.float64)]
+    assert spread_of(entry, [outside, course(w=[5.0])]) == pytest.approx(3.0)
+    assert spread_of(entry, [outside]) == math.inf
+
+
 def test_a_few_elements_of_many_may_be_anywhere_but_no_more() -> None:
     def entry(wrong: int) -> Entry:
         moved = torch.zeros(100, dtype=torch.float64)
@@ -64,7 +72,7 @@ def test_a_verdict_takes_as_many_disturbed_trainings_as_it_needs() -> None:
     asked: list[tuple[int, float]] = []
 
     def sample(spread: float):
-        def make(number: int, width: float) -> Course:
+        def make(number: int, width: float, fresh: bool = False) -> Course:
             asked.append((number, width))
             return course(w=[spread * width])
 
@@ -90,7 +98,7 @@ def test_few_numbers_fail_only_beside_many_disturbed_trainings(elements: int, wa
     """A disturbed training in eight goes as far as the mode did: four of them need not have seen it."""
     asked: set[int] = set()
 
-    def sample(number: int, width: float) -> Course:
+    def sample(number: int, width: float, fresh: bool = False) -> Course:
         asked.add(number)
         return course(w=[20.0 if number % 8 == 7 else 0.0] * elements)
 

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from precision_runtime.auditing.executing.dispatch import LowWatch
 from precision_runtime.auditing.executing.provenance import Provenance
+from precision_runtime.auditing.executing.unseen import transformed
 from precision_runtime.training.course import Observer
 from precision_runtime.tree import leaves
 
@@ -33,6 +34,8 @@ class Constants(Observer):
         counts: dict[str, int] = {}
 
         def note(name: str, result: Any) -> None:
+            if transformed():
+                return
             number = counts[name] = counts.get(name, 0) + 1
             paths = [path for path, t in leaves(result, objects=False) if provenance.is_exact(t)]
             self._found.update((name, number, path) for path in paths)
