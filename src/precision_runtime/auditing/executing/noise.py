@@ -106,7 +106,7 @@ class Noise:
 
     def fixed(self, key: str) -> Noise:
         """Noise that starts anew from ``key`` each time: the same key and shapes give the same disturbance."""
-        twin = Noise(self.u / self.width, 0, 0, self.step / self.width, self.width)
+        twin = Noise(self.u / self.width, 0, 0, self.step / self.width, self.width, self.reach)
         twin._generator.manual_seed(self._seed ^ zlib.crc32(key.encode()))
         return twin
 

@@ -84,7 +84,7 @@ class Provenance:
             self._read |= constant < len(given)
             return
         made = name in _FACTORIES or (name in _FILLED and not self._read) or 0 < constant == len(given)
-        exact = made or (bool(given) and all(self._has_no_rounding(t) for t in given))
+        exact = made or (name not in _FILLED and bool(given) and all(self._has_no_rounding(t) for t in given))
         for t in tensors_of(result) if func._schema.returns else given:  # what returns nothing writes to its arguments
             _mark(self._tables, t, made)
             if t.is_floating_point() or t.is_complex():
