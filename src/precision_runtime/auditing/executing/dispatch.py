@@ -307,7 +307,7 @@ class LowWatch(OwnMode):
         return result
 
     def _is_rounded_operand(self, t: torch.Tensor) -> bool:
-        """Whether rounding to the mode's dtype is the price of ``t``: it is none of what constants and integers make."""
+        """Whether rounding to the mode's dtype is the price of ``t``, and not what constants and integers became."""
         return _is_rounded(t, self._low) and not (self.provenance is not None and self.provenance.is_exact(t))
 
     def _repair(
