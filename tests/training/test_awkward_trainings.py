@@ -472,15 +472,19 @@ def test_steps_of_an_inner_optimizer_s_are_not_said_never_to_have_been_taken() -
     assert "step() of what make_optimizer returned was never called, and yet weights have moved" in remark.message
 
 
+def differentiated(loss: torch.Tensor, weights: list[torch.Tensor], own: bool) -> tuple[Any, ...]:
+    """Gradients that a step_fn asks for itself, or those that a backward pass has left."""
+    if own:
+        return torch.autograd.grad(loss, weights)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return tuple(p.grad for p in weights)
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_gradients_that_step_fn_sums_in_bfloat16_are_not_laid_to_the_backward_pass(own: bool) -> None:
     def step(model: Any, optimizer: Any, loss: torch.Tensor) -> None:
         weights = list(model.parameters())
-        if own:
-            found = torch.autograd.grad(loss, weights)
-        else:
-            loss.backward()  # type: ignore[no-untyped-call]
-            found = tuple(p.grad for p in weights)
+        found = differentiated(loss, weights, own)
         model.sums = [low(a + b) for a, b in zip(getattr(model, "sums", [0.0] * 2), found, strict=True)]
         model.count = getattr(model, "count", 0) + 1
         optimizer.zero_grad()
@@ -520,3 +524,40 @@ def test_a_buffer_that_moves_in_the_mode_only_is_told_of() -> None:
     )
     assert "buffer 'there'" in report.findings[0].message
     assert "Keep it in float32" in report.findings[0].message
+
+
+def test_a_sum_that_is_unscaled_after_every_micro_batch_is_no_fault_of_the_backward_pass() -> None:
+    def step(model: Any, optimizer: Any, loss: torch.Tensor) -> None:
+        scale = 1024.0 if model.weight.dtype is torch.float32 else 1.0
+        (loss * scale).backward()  # type: ignore[no-untyped-call]
+        for p in model.parameters():
+            p.grad /= scale
+        model.seen = getattr(model, "seen", 0) + 1
+        if model.seen % 4 == 0:
+            optimizer.step()
+
+    batches = [(X[i : i + 16], Y[i : i + 16]) for i in range(0, 64, 16)]
+    report = audit_training(
+        line, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), mse, batches, "16-mixed", steps=16, step_fn=step
+    )
+    first = report.findings[0]
+    assert (first.kind, first.where) == ("instability", "update"), str(report)
+    assert "the backward pass leaves its gradient right" in first.message
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_gradient_that_step_fn_makes_infinite_is_laid_to_step_fn(own: bool) -> None:
+    def step(model: Any, optimizer: Any, loss: torch.Tensor) -> None:
+        weights = list(model.parameters())
+        for p, g in zip(
+            weights, differentiated(loss, weights, own), strict=True
+        ):  # a norm of squares that float16 does not hold
+            p.grad = (g * 1e-9).to(p.dtype) / (g * 1e-9).to(p.dtype).square().sum().sqrt()
+        optimizer.step()
+
+    report = audit_training(
+        line, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), mse, BATCH, "16-true", steps=4, step_fn=step
+    )
+    first = report.findings[0]
+    assert (first.kind, first.where) == ("range", "update"), str(report)
+    assert ("step_fn has put it there" if own else "the backward pass left it so") in first.message

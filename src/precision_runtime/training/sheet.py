@@ -47,7 +47,7 @@ MANY = 24
 # calmly. What grows later (steps as long as the curvature allows, at a clipped gradient) is set off by roundings that
 # are others in each step: a quadratic whose curvature outgrew its steps was 60 times as far off as five disturbed the
 # same way (float32: 5,000 times its roundoff). So before anything is called a failure, these trainings are made, too.
-FRESH_SAMPLES = 4
+FRESH_SAMPLES = 4  # as many as wide ones
 WALKS = 4  # trainings that are disturbed by what was stored, too
 # So many elements of a tensor of FEW and more may go elsewhere by chance before it means anything: the sign of a
 # gradient near zero, a near tie. They are left out of the error.
@@ -228,16 +228,16 @@ def spread_of(entry: Entry, samples: Sequence[Course]) -> float:
 
     Those that have left a function's domain at once say nothing, unless all have: then nothing can be said.
     """
-    total, within = 0.0, [s for s in samples if in_domain(s)]
+    within = [course for course in samples if in_domain(course)]
     if samples and not within:
         return math.inf
-    samples = within
-    for course in samples:
+    total = 0.0
+    for course in within:
         value = _value(entry, course)
         if value is not None:
             distance = rms(value - entry.reference)
             total += distance * distance if math.isfinite(distance) else math.inf
-    return math.sqrt(total / max(1, len(samples)))
+    return math.sqrt(total / max(1, len(within)))
 
 
 def _value(entry: Entry, course: Course) -> torch.Tensor | None:

@@ -47,7 +47,7 @@ class Provenance:
         self._open = True
         self._read = False  # whether the code has looked at a number that it had computed
         for b in buffers:
-            _mark(self._tables, b, True)
+            _mark(self._tables, key_of(b), b, True)
         for p in parameters:
             key = key_of(p)
             if key is not None and p.dtype is torch.float32:
@@ -86,11 +86,12 @@ class Provenance:
         made = name in _FACTORIES or (name in _FILLED and not self._read) or 0 < constant == len(given)
         exact = made or (name not in _FILLED and bool(given) and all(self._has_no_rounding(t) for t in given))
         for t in tensors_of(result) if func._schema.returns else given:  # what returns nothing writes to its arguments
-            _mark(self._tables, t, made)
+            key = key_of(t)
+            _mark(self._tables, key, t, made)
             if t.is_floating_point() or t.is_complex():
-                _mark(self._counted, t, exact and not made)
+                _mark(self._counted, key, t, exact and not made)
             else:
-                _mark(self._decided, t, not exact)
+                _mark(self._decided, key, t, not exact)
 
     def close(self) -> None:
         """The forward pass is over. Where a backward pass casts a parameter, that is its own doing, not autocast's."""
@@ -103,8 +104,7 @@ class Provenance:
         return key_of(t) not in self._decided
 
 
-def _mark(marks: dict[int | None, StorageWeakRef], t: torch.Tensor, is_one: bool) -> None:
-    key = key_of(t)
+def _mark(marks: dict[int | None, StorageWeakRef], key: int | None, t: torch.Tensor, is_one: bool) -> None:
     if is_one and key is not None:
         marks[key] = StorageWeakRef(t.untyped_storage())
     elif not is_one:

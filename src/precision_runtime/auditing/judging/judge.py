@@ -208,8 +208,7 @@ class Judge:
         try:
             self._sampled(judged, open_, sheet, sample, failed)
         except Exception as error:
-            text = f"a perturbed run raised {type(error).__name__}: {first_line(error)}; not judged"
-            self.remarks.setdefault(("", "sample"), text)
+            self._note_raised(error)
             for site in open_:
                 if judged[site].bound:
                     del judged[site]
@@ -248,6 +247,10 @@ class Judge:
             del judged[site]
             text = f"{site[1]}: every run on disturbed operands gives NaN; not judged"
             self.remarks.setdefault(("", f"sample {site}"), text)
+
+    def _note_raised(self, error: Exception) -> None:
+        text = f"a perturbed run raised {type(error).__name__}: {first_line(error)}; not judged"
+        self.remarks.setdefault(("", "sample"), text)
 
     def _exact_zeros(self, sheet: Sheet, sample: Sampler) -> set[Site]:
         """The gradients that only FP64's own rounding keeps from being 0: there is nothing to be right about.
@@ -384,7 +387,10 @@ class Judge:
         judged = sheet.judge(self.yardstick.limit)
         try:
             self._sampled(judged, set(sites), sheet, results, set())
-        except Exception:  # code that checks its values: what it is beside the runs that it lets through stands
+        except (
+            Exception
+        ) as error:  # code that checks its values: what it is beside the runs that it lets through stands
+            self._note_raised(error)
             return
         for number, before in enumerate(verdict.judgements):
             after = judged.get(("forward", before.tensor))
